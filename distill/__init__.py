@@ -1,0 +1,1 @@
+"""Knowledge distillation for video foundation models."""

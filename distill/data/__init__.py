@@ -1,0 +1,1 @@
+"""From a list of videos to batches of clips: index, sample, decode, augment, load."""

@@ -1,0 +1,1 @@
+"""Operations that distillation spends its time in, each with a plain-torch reference."""

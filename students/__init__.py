@@ -1,0 +1,14 @@
+"""Video students: one transformer, its sizes, and the heads that make it a student or classifier."""
+
+from distill.students.classifier import VideoClassifier, create_classifier
+from distill.students.student import DistillStudent, create_student
+from distill.students.vit import SIZES, ViTSize
+
+__all__ = [
+    "SIZES",
+    "DistillStudent",
+    "VideoClassifier",
+    "ViTSize",
+    "create_classifier",
+    "create_student",
+]

@@ -1,0 +1,342 @@
+"""The one video transformer: teachers, students and classifiers are this with other numbers.
+
+Architecture and state-dict keys follow InternVideo2's single-modality models
+(OpenGVLab/InternVideo2, single_modality/models/internvideo2*.py).
+"""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from distill.students.heads import AttentionPool
+
+PATCH = 14  # pixels on a side; every released model uses it
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Activation = Literal["gelu_tanh", "gelu"]
+Positions = Literal["joint", "separable"]
+
+
+@dataclass(frozen=True)
+class ViTSize:
+    """Width, depth and heads of a transformer; `pooled_width` is what its attention pool emits."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float = 4.0
+    pooled_width: int = 768
+
+    def __post_init__(self) -> None:
+        if self.width % 16 or self.width % self.heads:
+            raise ValueError(
+                f"width {self.width} must be divisible by 16 and by the number of heads "
+                f"({self.heads})"
+            )
+
+
+SIZES = {
+    "S14": ViTSize(384, 12, 6),
+    "B14": ViTSize(768, 12, 12),
+    "L14": ViTSize(1024, 24, 16),
+    "1B": ViTSize(1408, 40, 16, 48 / 11),
+    "6B": ViTSize(3200, 48, 25),
+}
+
+
+def resolve_size(size: str | ViTSize) -> ViTSize:
+    """Look a size up by name; raises ValueError that lists the names."""
+    if isinstance(size, ViTSize):
+        return size
+    if size not in SIZES:
+        raise ValueError(f"unknown model size {size!r}; choose one of {', '.join(SIZES)}")
+    return SIZES[size]
+
+
+def patchify(clip: Tensor, *, tubelet: int = 1) -> Tensor:
+    """Cut [B,3,T,H,W] into [B,N,3*tubelet*14*14] patches, frame-major, then row, then column.
+
+    Values inside a patch are ordered as in the flattened convolution kernel, so that
+    `F.linear(patches, weight.flatten(1))` is the patch embedding. Keeps the dtype.
+    """
+    return rearrange(
+        clip, "b c (t u) (h p) (w q) -> b (t h w) (c u p q)", u=tubelet, p=PATCH, q=PATCH
+    )
+
+
+def normalize_patches(patches: Tensor) -> Tensor:
+    """Turn uint8 patches [...,3*U] into float32 with ImageNet statistics."""
+    mean = torch.tensor(IMAGENET_MEAN, device=patches.device)[:, None] * 255
+    std = torch.tensor(IMAGENET_STD, device=patches.device)[:, None] * 255
+    values = rearrange(patches.float(), "... (c u) -> ... c u", c=3)
+    return rearrange((values - mean) / std, "... c u -> ... (c u)")
+
+
+def take_rows(table: Tensor, index: Tensor) -> Tensor:
+    """Gather rows: table [B,N,D] (or [1,N,D], shared) and index [B,M] give [B,M,D]."""
+    if table.shape[0] == 1 and index.shape[0] != 1:
+        return table[0][index]
+    return table.gather(1, index[..., None].expand(-1, -1, table.shape[-1]))
+
+
+def visible_tokens(mask: Tensor) -> Tensor:
+    """Indices [B,M-1] of the visible patches of a bool mask [B,1+N] (True = dropped).
+
+    The class token (column 0) must be visible and every row must keep the same number;
+    raises ValueError otherwise.
+    """
+    patches = ~mask[:, 1:]
+    counts = patches.sum(1)
+    if bool(mask[:, 0].any()) or bool((counts != counts[0]).any()):
+        raise ValueError("a mask must keep the class token and equally many patches in each clip")
+    order = torch.arange(patches.shape[1], device=mask.device).expand_as(patches)
+    return order[patches].view(mask.shape[0], -1)
+
+
+class PatchEmbed(nn.Module):
+    """Holds the 3-D convolution's parameters; patches arrive already cut."""
+
+    def __init__(self, width: int, *, tubelet: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv3d(3, width, (tubelet, PATCH, PATCH), stride=(tubelet, PATCH, PATCH))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        if patches.dtype == torch.uint8:
+            patches = normalize_patches(patches)
+        patches = patches.to(self.proj.weight.dtype)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class Attention(nn.Module):
+    """Self-attention with q and k RMS-normalised over the full width, heads together."""
+
+    def __init__(self, width: int, *, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+        self.q_norm = nn.RMSNorm(width, eps=1e-6)
+        self.k_norm = nn.RMSNorm(width, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        q, k, v = (rearrange(z, "b m (h d) -> b h m d", h=self.heads) for z in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(rearrange(out, "b h m d -> b m (h d)"))
+
+
+class MLP(nn.Module):
+    """Two linears with a GELU between; released weights were trained with the tanh form."""
+
+    def __init__(self, width: int, *, hidden: int, activation: Activation) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.act = nn.GELU(approximate="tanh" if activation == "gelu_tanh" else "none")
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class LayerScale(nn.Module):
+    """A learned gain per channel, applied in float32."""
+
+    def __init__(self, width: int, *, init: float = 1e-5) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.float() * self.gamma.float()).to(x.dtype)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block. `keep` [2,B] scales each branch per clip (drop path)."""
+
+    def __init__(self, size: ViTSize, *, activation: Activation) -> None:
+        super().__init__()
+        self.norm1 = nn.RMSNorm(size.width, eps=1e-6)
+        self.attn = Attention(size.width, heads=size.heads)
+        self.ls1 = LayerScale(size.width)
+        self.norm2 = nn.RMSNorm(size.width, eps=1e-6)
+        hidden = int(size.width * size.mlp_ratio)
+        self.mlp = MLP(size.width, hidden=hidden, activation=activation)
+        self.ls2 = LayerScale(size.width)
+
+    def forward(self, h: Tensor, keep: Tensor | None = None) -> Tensor:
+        attn, mlp = (None, None) if keep is None else keep.to(h.dtype)[:, :, None, None]
+        h = h + _scaled(self.ls1(self.attn(self.norm1(h))), attn)
+        return h + _scaled(self.ls2(self.mlp(self.norm2(h))), mlp)
+
+
+def _scaled(branch: Tensor, keep: Tensor | None) -> Tensor:
+    return branch if keep is None else branch * keep
+
+
+def sincos(positions: Tensor, width: int) -> Tensor:
+    """1-D code [len, width]: a sine half, then a cosine half, period 10000^(2k/width)."""
+    rate = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float64) / (width / 2))
+    angle = positions.double()[:, None] * rate
+    return torch.cat([angle.sin(), angle.cos()], dim=1).float()
+
+
+def sincos_table(width: int, grid: tuple[int, int, int]) -> Tensor:
+    """Joint 3-D table [1, 1+t*h*w, width]: width/4 for time, 3/8 for column, 3/8 for row.
+
+    Row 0, the class token's, is zero.
+    """
+    t, h, w = grid
+    time = sincos(torch.arange(t), width // 4)[:, None, None].expand(t, h, w, -1)
+    column = sincos(torch.arange(w), width * 3 // 8)[None, None].expand(t, h, w, -1)
+    row = sincos(torch.arange(h), width * 3 // 8)[None, :, None].expand(t, h, w, -1)
+    table = rearrange(torch.cat([time, column, row], dim=-1), "t h w d -> (t h w) d")
+    return torch.cat([torch.zeros(1, width), table])[None]
+
+
+def separable_tables(width: int, grid: tuple[int, int, int]) -> dict[str, Tensor]:
+    """Spatial [1,h*w,D], temporal [1,t,D] and class [1,1,D] tables in upstream's order of keys."""
+    t, h, w = grid
+    column = sincos(torch.arange(w), width // 2)[None].expand(h, w, -1)
+    row = sincos(torch.arange(h), width // 2)[:, None].expand(h, w, -1)
+    spatial = rearrange(torch.cat([column, row], dim=-1), "h w d -> 1 (h w) d")
+    temporal = sincos(torch.arange(t), width)[None]
+    return {"spatial": spatial, "temporal": temporal, "cls": torch.zeros(1, 1, width)}
+
+
+class VideoViT(nn.Module):
+    """Backbone: patch embedding, class token, positions, blocks and the attention pool.
+
+    A uint8 clip or uint8 patches are normalised inside with ImageNet statistics; floating
+    point input is taken as already normalised.
+    """
+
+    def __init__(
+        self,
+        size: ViTSize,
+        *,
+        frames: int,
+        image_size: int,
+        tubelet: int = 1,
+        positions: Positions = "joint",
+        drop_path: float = 0.0,
+        activation: Activation = "gelu_tanh",
+        checkpoint_blocks: int = 0,
+        extra_tables: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__()
+        if frames % tubelet or image_size % PATCH:
+            raise ValueError(
+                f"{frames} frames of {image_size} px do not divide into tubelets of {tubelet} "
+                f"and patches of {PATCH} px"
+            )
+        self.size, self.tubelet, self.positions = size, tubelet, positions
+        self.frames, self.image_size = frames, image_size
+        self.checkpoint_blocks = checkpoint_blocks
+        self.grid = (frames // tubelet, image_size // PATCH, image_size // PATCH)
+        self.drop_path_rates = tuple(
+            drop_path * index / max(size.depth - 1, 1) for index in range(size.depth)
+        )
+
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, size.width))
+        for prefix in ("", *extra_tables):
+            self._add_positions(prefix)
+        self.patch_embed = PatchEmbed(size.width, tubelet=tubelet)
+        self.blocks = nn.ModuleList(
+            Block(size, activation=activation) for _ in range(size.depth)
+        )
+        self.clip_projector = AttentionPool(size.width, size.pooled_width)
+
+    @property
+    def num_patches(self) -> int:
+        return math.prod(self.grid)
+
+    def _add_positions(self, prefix: str) -> None:
+        if self.positions == "joint":
+            table = sincos_table(self.size.width, self.grid)
+            self.register_parameter(f"{prefix}pos_embed", nn.Parameter(table))
+            return
+        for name, table in separable_tables(self.size.width, self.grid).items():
+            self.register_parameter(f"{prefix}pos_embed_{name}", nn.Parameter(table))
+
+    def position_table(self, prefix: str = "") -> Tensor:
+        """The [1,1+N,D] table, put together from its parts when they are separable."""
+        if self.positions == "joint":
+            return self.get_parameter(f"{prefix}pos_embed")
+        spatial = self.get_parameter(f"{prefix}pos_embed_spatial")
+        temporal = self.get_parameter(f"{prefix}pos_embed_temporal")
+        patches = rearrange(temporal[:, :, None] + spatial[:, None], "1 t s d -> 1 (t s) d")
+        return torch.cat([self.get_parameter(f"{prefix}pos_embed_cls"), patches], dim=1)
+
+    def init_weights(self) -> None:
+        """Draw every weight as upstream does (normal 0.02, residual outputs divided by depth).
+
+        The patch convolution keeps the framework's uniform default, as upstream's does.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02, a=-2, b=2)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.cls_token, std=0.02, a=-2, b=2)
+        for index, block in enumerate(self.blocks, start=1):
+            block.attn.proj.weight.data.div_(math.sqrt(2 * index))
+            block.mlp.fc2.weight.data.div_(math.sqrt(2 * index))
+
+    def select_patches(self, clip: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Patches [B,M-1,U] of a clip and their indices (None when all are visible)."""
+        expected = (3, self.frames, self.image_size, self.image_size)
+        if tuple(clip.shape[1:]) != expected:
+            raise ValueError(f"expected a clip [B,{str(expected)[1:-1]}], got {list(clip.shape)}")
+        patches = patchify(clip, tubelet=self.tubelet)
+        if mask is None:
+            return patches, None
+        tokens = visible_tokens(mask)
+        return take_rows(patches, tokens), tokens
+
+    def encode(
+        self,
+        patches: Tensor,
+        tokens: Tensor | None = None,
+        *,
+        collect: Collection[int] = (),
+        keep: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run the blocks on visible patches alone.
+
+        Takes patches [B,M-1,U], their indices [B,M-1] and the drop-path factors [2L,B] (drawn
+        here when training without them); returns the last hidden state [B,M,D] and the hidden
+        states after the blocks in `collect`, by ascending depth.
+        """
+        table = self.position_table()
+        positions = table[:, 1:] if tokens is None else take_rows(table[:, 1:], tokens.long())
+        x = self.patch_embed(patches) + positions  # [B,M-1,D]
+        cls = (self.cls_token + table[:, :1]).expand(x.shape[0], -1, -1)
+        h = torch.cat([cls.to(x.dtype), x], dim=1)  # [B,M,D]
+        if keep is None and self.training and self.drop_path_rates[-1] > 0:
+            keep = self.drop_path_keep(
+                torch.rand(2 * len(self.blocks), h.shape[0], device=h.device)
+            )
+        collected = []
+        for index, block in enumerate(self.blocks):
+            factors = None if keep is None else keep[2 * index : 2 * index + 2]
+            if self.training and index < self.checkpoint_blocks:
+                h = checkpoint(block, h, factors, use_reentrant=False)
+            else:
+                h = block(h, factors)
+            if index in collect:
+                collected.append(h)
+        return h, collected
+
+    def drop_path_keep(self, uniform: Tensor) -> Tensor:
+        """Turn uniform draws [2L,B] in [0,1) into branch factors: 0, or 1/(1-rate)."""
+        rates = torch.tensor(self.drop_path_rates, device=uniform.device)
+        rates = rates.repeat_interleave(2)[:, None]  # [2L,1]
+        return (uniform >= rates).float() / (1 - rates)
