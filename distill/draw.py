@@ -40,8 +40,8 @@ def uniform(clip_ids: Tensor, *parts: int | str, count: int) -> Tensor:
 
 def gumbel(clip_ids: Tensor, *parts: int | str, count: int) -> Tensor:
     """Standard Gumbel draws [B,count] in float32, keyed as `uniform`."""
-    half_step = 2.0**-25  # keeps both logarithms finite
-    return -torch.log(-torch.log(uniform(clip_ids, *parts, count=count) + half_step))
+    draws = uniform(clip_ids, *parts, count=count).clamp(min=2.0**-25)  # keeps the logs finite
+    return -torch.log(-torch.log(draws))
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:

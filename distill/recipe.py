@@ -1,0 +1,236 @@
+"""The recipe schema on one page. `distill.recipe_file` reads and checks the files.
+
+A recipe is one run: a model, its data, an objective and how to optimise it. A study is several
+runs that share settings: each of its stages is a recipe, run in order in a folder of its own.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+
+from distill.students.vit import ViTSize
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Size(Section):
+    """A size of one's own, where none of the named ones fits."""
+
+    width: PositiveInt
+    depth: PositiveInt
+    heads: PositiveInt
+    mlp_ratio: Positive = 4.0
+    pooled_width: PositiveInt = 768
+
+
+def vit_size(size: str | Size) -> str | ViTSize:
+    """What `create_student` and its siblings take."""
+    return ViTSize(**size.model_dump()) if isinstance(size, Size) else size
+
+
+class Weights(Section):
+    """Weights to start from. `checkpoint` may be `stage:NAME`, an earlier stage of the study."""
+
+    checkpoint: str
+    sha256: str | None = None
+    source: str | None = Field(None, description="where to get it, shown when it is missing")
+    frames: PositiveInt | None = Field(None, description="its frames; inferred when not given")
+    head: Literal["keep", "first", "k600", "k700", "reset"] = Field(
+        "reset", description="what becomes of its classification head"
+    )
+    allow_missing: tuple[str, ...] = Field((), description="key prefixes that may stay at init")
+    allow_unused: tuple[str, ...] = Field((), description="key prefixes that may go unused")
+
+
+class Model(Section):
+    size: Literal["S14", "B14", "L14", "1B", "6B"] | Size
+    tubelet: PositiveInt = 1
+    positions: Literal["joint", "separable"] = "joint"
+    activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
+    drop_path: Share = 0.0
+    checkpoint_blocks: NonNegativeInt = Field(0, description="blocks recomputed in the backward")
+    weights: Weights | None = None
+
+
+class Teacher(Section):
+    """A frozen teacher; `random: true` in place of weights is for measuring and testing only."""
+
+    size: Literal["1B", "6B", "S14", "B14", "L14"] | Size
+    weights: Weights | None = None
+    random: bool = False
+    activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    layers: PositiveInt = 6
+    interval: Positive = 3.34
+
+
+class Demo(Section):
+    """Makes the data set of moving digits where it is missing (see distill/data/demo.py)."""
+
+    kind: Literal["moving-digits"]
+    folder: str
+    train_clips: PositiveInt
+    val_clips: PositiveInt
+    test_clips: PositiveInt
+    seed: int = 0
+
+
+class ClipList(Section):
+    """A list file and, for `plan` without it, how many clips it holds."""
+
+    list: str | None
+    prefix: str | None = None
+    share: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="keep this share of the clips, drawn per class with the run's seed"
+    )
+    num_clips: PositiveInt | None = None
+    source: str | None = Field(None, description="what it is, shown when it is missing")
+
+
+class SparseSampling(Section):
+    """One frame from each of T equal segments (the published choice for everything but UCF101)."""
+
+    kind: Literal["sparse"] = "sparse"
+
+
+class SegmentSampling(Section):
+    """Segments of whole frames, as the Something-Something readers draw them."""
+
+    kind: Literal["segment"]
+
+
+class DenseSampling(Section):
+    """Consecutive frames `stride_frames` apart."""
+
+    kind: Literal["dense"]
+    stride_frames: PositiveInt = 4
+
+
+Sampling = Annotated[
+    SparseSampling | SegmentSampling | DenseSampling, Field(discriminator="kind")
+]
+
+
+class Views(Section):
+    """What a view of a clip is: which frames, which crop, which flip."""
+
+    frames: PositiveInt = 8
+    image_size: PositiveInt = 224
+    sampling: Sampling = SparseSampling()
+    crop: Literal["multiscale", "resized", "center"] = "multiscale"
+    min_area: Share = Field(0.08, description="smallest share of the frame a resized crop keeps")
+    flip: Share = Field(0.5, description="probability of a horizontal flip")
+    never_flip: tuple[str, ...] = Field(("ssv2",), description="list sources that are not flipped")
+    decoder: Literal["auto", "decord", "pyav"] = "auto"
+
+
+class Data(Section):
+    train: ClipList
+    val: ClipList | None = None
+    test: ClipList | None = None
+    demo: Demo | None = None
+    views: Views = Views()
+    workers: PositiveInt = 2
+    decode_timeout_seconds: Positive = 60.0
+    max_quarantined: Share = Field(0.05, description="stop above this share of undecodable clips")
+
+
+class Mask(Section):
+    kind: Literal["attention", "tube", "random"] = "attention"
+    ratio: Annotated[float, Field(ge=0, lt=1)] = 0.8
+
+
+class Cache(Section):
+    """Where the teacher's view records lie, and how they are kept."""
+
+    folder: str
+    views: PositiveInt = 8
+    codes: Literal["fp16", "int8"] = "int8"
+    shard_mb: PositiveInt = 512
+    shard_minutes: Positive = 5.0
+    teacher_hash: str | None = Field(None, description="trains without the teacher's file")
+
+
+class Distill(Section):
+    """Align a student with a frozen teacher's middle layers and pooled vector."""
+
+    kind: Literal["distill"]
+    teacher: Teacher
+    mask: Mask = Mask()
+    decoder: Literal["mlp", "linear"] = "mlp"
+    loss_weights: tuple[NonNegative, NonNegative] = (1.0, 1.0)
+    targets: Literal["cached", "live"] = "cached"
+    cache: Cache | None = None
+
+
+class Classify(Section):
+    """Cross-entropy with labels: finetuning, probing or training from scratch."""
+
+    kind: Literal["classify"]
+    num_classes: PositiveInt
+    trainable: Literal["all", "pool", "head"] = Field(
+        "all", description="all: finetune; pool: attentive probe; head: linear probe"
+    )
+    label_smoothing: Share = 0.1
+    fc_drop: Share = 0.0
+
+
+class Optim(Section):
+    """AdamW with warm-up and cosine. The peak is lr * batch_size / lr_per_batch."""
+
+    lr: Positive
+    batch_size: PositiveInt = Field(description="clips in an optimiser step, over everything")
+    epochs: NonNegativeInt = Field(description="0 evaluates the weights as they are")
+    warmup_epochs: NonNegative = 0.0
+    min_lr: NonNegative = 1e-5
+    warmup_lr: NonNegative = 0.0
+    lr_per_batch: PositiveInt | None = Field(256, description="null takes lr as it stands")
+    micro_batch: PositiveInt | None = Field(None, description="clips in a forward; all when null")
+    weight_decay: NonNegative = 0.05
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    clip_grad: Positive | None = None
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+
+class Evaluate(Section):
+    """Scores of several views of each clip, averaged after the softmax."""
+
+    split: Literal["val", "test"] = "test"
+    clips: PositiveInt = 4
+    crops: PositiveInt = 3
+    batch_size: PositiveInt = 32
+    every_epochs: NonNegativeInt = Field(1, description="one-view check on `val`; 0 for never")
+
+
+class Run(Section):
+    folder: str = Field("runs/{name}", description="{name} is the recipe's name")
+    seed: int = 0
+    save_minutes: Positive = 10.0
+    keep_checkpoints: PositiveInt = 2
+    log_steps: PositiveInt = 10
+
+
+class Recipe(Section):
+    name: str = Field("", description="the file's name when not given")
+    run: Run = Run()
+    data: Data
+    model: Model
+    objective: Annotated[Distill | Classify, Field(discriminator="kind")]
+    optim: Optim
+    evaluate: Evaluate = Evaluate()
+
+
+class Study(Section):
+    """Stages by name, each a whole recipe after the shared sections are merged under it."""
+
+    name: str = ""
+    run: Run = Run()
+    stages: dict[str, Recipe]
