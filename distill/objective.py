@@ -1,0 +1,93 @@
+"""What is minimised: modules around a model that turn a batch into named losses.
+
+Both return a dict of float32 scalars of which `loss` is the one to descend. Drop path is drawn
+from the clips' ids, so that neither the order of a batch nor its neighbours change a result.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distill import draw
+from distill.kernels.alignment import alignment
+from distill.recipe import Classify, Distill
+from distill.students.classifier import VideoClassifier
+from distill.students.student import DistillStudent
+from distill.students.vit import VideoViT
+
+POOL = ("clip_projector.",)
+BACKBONE = ("patch_embed.", "pos_embed", "cls_token", "blocks.")
+
+
+def draw_keep(model: VideoViT, clip_ids: Tensor, *, seed: int, epoch: int) -> Tensor | None:
+    """Drop-path factors [2L,B] of a model in training, drawn from (seed, epoch, clip)."""
+    if not model.training or max(model.drop_path_rates) == 0:
+        return None
+    uniform = draw.uniform(
+        clip_ids, "drop-path", seed, epoch, count=2 * len(model.drop_path_rates)
+    )
+    return model.drop_path_keep(uniform.T)
+
+
+class DistillObjective(nn.Module):
+    """Aligns a student's projections with the teacher's middle layers and pooled vector."""
+
+    def __init__(self, student: DistillStudent, section: Distill, *, seed: int) -> None:
+        super().__init__()
+        self.student = student
+        self.seed = seed
+        self.middle_weight, self.pooled_weight = section.loss_weights
+
+    def forward(self, batch: dict) -> dict[str, Tensor]:
+        """Losses `loss`, `middle`, `pooled` and one per layer, `layer_00` upwards.
+
+        The batch holds clip_id [B], patches uint8 [B,M-1,U], tokens [B,M-1], the targets
+        middle [K,B,M,E] and pooled [B,P], and the epoch. Accumulates in float32.
+        """
+        student = self.student
+        keep = draw_keep(student, batch["clip_id"], seed=self.seed, epoch=batch["epoch"])
+        states, pooled = student.decoder_inputs(
+            patches=batch["patches"], tokens=batch["tokens"], keep=keep
+        )
+        layers = alignment(
+            [decode.head(x) for decode, x in zip(student.clip_decoder, states, strict=True)],
+            [decode.norm.weight for decode in student.clip_decoder],
+            [decode.norm.bias for decode in student.clip_decoder],
+            batch["middle"],
+        )
+        middle = layers.mean()
+        final = self._final(pooled, batch["pooled"])
+        loss = self.middle_weight * middle + self.pooled_weight * final
+        named = {f"layer_{index:02d}": layer for index, layer in enumerate(layers.detach())}
+        return {"loss": loss, "middle": middle.detach(), "pooled": final.detach(), **named}
+
+    def _final(self, pooled: Tensor, target: Tensor) -> Tensor:
+        decode = self.student.final_clip_decoder
+        if self.pooled_weight == 0 or isinstance(decode, nn.Identity):
+            return torch.zeros((), device=pooled.device)
+        raw = decode.head(pooled)[:, None]  # [B,1,P]
+        return alignment([raw], [decode.norm.weight], [decode.norm.bias], target[None, :, None])[0]
+
+
+class ClassifyObjective(nn.Module):
+    """Cross-entropy with label smoothing; freezes what the recipe does not train."""
+
+    def __init__(self, model: VideoClassifier, section: Classify, *, seed: int) -> None:
+        super().__init__()
+        self.model = model
+        self.seed = seed
+        self.label_smoothing = section.label_smoothing
+        frozen = {"all": (), "pool": BACKBONE, "head": BACKBONE + POOL}[section.trainable]
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith(frozen))
+
+    def forward(self, batch: dict) -> dict[str, Tensor]:
+        """`loss` and `top1` (a share) of clip_id [B], pixels [B,3,T,H,W], label [B] and epoch.
+
+        Accumulates in float32.
+        """
+        keep = draw_keep(self.model, batch["clip_id"], seed=self.seed, epoch=batch["epoch"])
+        logits = self.model(batch["pixels"], keep=keep).float()  # [B,V]
+        loss = F.cross_entropy(logits, batch["label"], label_smoothing=self.label_smoothing)
+        top1 = (logits.detach().argmax(dim=1) == batch["label"]).float().mean()
+        return {"loss": loss, "top1": top1}
