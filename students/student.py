@@ -96,9 +96,7 @@ class DistillStudent(VideoViT):
         keep: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Returns middle [K,B,M,E] and pooled [B,P], both of unit length on the last axis."""
-        states, pooled = self.decoder_inputs(
-            clip, mask, patches=patches, tokens=tokens, keep=keep
-        )
+        states, pooled = self.decoder_inputs(clip, mask, patches=patches, tokens=tokens, keep=keep)
         middle = [decode(state) for decode, state in zip(self.clip_decoder, states, strict=True)]
         pooled = self.final_clip_decoder(pooled)
         return torch.stack(middle), F.normalize(pooled.float(), dim=-1)

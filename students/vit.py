@@ -249,9 +249,7 @@ class VideoViT(nn.Module):
         for prefix in ("", *extra_tables):
             self._add_positions(prefix)
         self.patch_embed = PatchEmbed(size.width, tubelet=tubelet)
-        self.blocks = nn.ModuleList(
-            Block(size, activation=activation) for _ in range(size.depth)
-        )
+        self.blocks = nn.ModuleList(Block(size, activation=activation) for _ in range(size.depth))
         self.clip_projector = AttentionPool(size.width, size.pooled_width)
 
     @property
