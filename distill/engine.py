@@ -1,0 +1,192 @@
+"""One optimiser step on one device, in plain torch. The training loop knows only this interface."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from distill import recipe
+from distill.errors import StateError
+from distill.optim import param_groups, set_lr
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Upstream's DeepSpeed settings for fp16: start of the loss scale, good steps before it doubles.
+LOSS_SCALE_START = 2.0**16
+LOSS_SCALE_WINDOW = 500
+LOSS_SCALE_FLOOR = 1.0
+
+
+def pick_device() -> torch.device:
+    """The first CUDA device, or the CPU where there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context for a forward pass in `precision` ("fp32", "bf16" or "fp16")."""
+    return torch.autocast(device.type, dtype=AUTOCAST.get(precision), enabled=precision != "fp32")
+
+
+def to_device(batch: Mapping, device: torch.device) -> dict:
+    """Move a batch's tensors; everything else stays as it is."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
+
+
+def split_batch(batch: Mapping, size: int | None) -> list[dict]:
+    """Cut a batch of batch-first tensors into pieces of at most `size` clips."""
+    count = len(batch["clip_id"])
+    size = size or count
+    return [
+        {
+            name: value[start : start + size] if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+        }
+        for start in range(0, count, size)
+    ]
+
+
+class Engine:
+    """Runs optimiser steps on `objective` and holds what they change.
+
+    `model` is the part of the objective whose weights are trained and saved, and `prepare` turns
+    a batch as it was read into one that the objective takes.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        model: nn.Module,
+        *,
+        optim: recipe.Optim,
+        prepare: Callable[[dict], dict],
+        device: torch.device,
+    ) -> None:
+        self.objective, self.model = objective.to(device), model
+        self.prepare, self.optim, self.device = prepare, optim, device
+        groups = param_groups(model, optim)
+        self.names = {
+            name: parameter
+            for group in groups
+            for name, parameter in zip(group["names"], group["params"], strict=True)
+        }
+        # Only the fused form can leave a step out by a flag that lies on the device.
+        self.adamw = torch.optim.AdamW(
+            groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True
+        )
+        self.scaler = torch.amp.GradScaler(
+            device.type,
+            enabled=optim.precision == "fp16",
+            init_scale=LOSS_SCALE_START,
+            growth_interval=LOSS_SCALE_WINDOW,
+        )
+        # A factor of the loss: NaN from the first non-finite step on, so that no later one trains.
+        self.poison = torch.ones((), device=device)
+        self.unchecked: list[tuple[int, Tensor, Tensor, Tensor]] = []
+
+    def step(self, batch: dict, *, step: int, lr: float) -> dict[str, Tensor]:
+        """Accumulate over micro-batches, clip, update; returns means over the batch's clips.
+
+        The results stay on the device: losses by name and `grad_norm`, the norm before clipping,
+        in float32. Micro-batches count by their clips, so that they equal one large batch.
+
+        Raises StateError at a non-finite loss, naming step and clips, with the weights as they
+        were before the step: on the CPU at once, on a GPU in the next `check`, because asking
+        after every step would make the GPU wait for us.
+        """
+        set_lr(self.adamw.param_groups, lr)
+        losses: dict[str, Tensor] = {}
+        num_clips = len(batch["clip_id"])
+        for piece in split_batch(batch, self.optim.micro_batch):
+            weight = len(piece["clip_id"]) / num_clips
+            inputs = self.prepare(to_device(piece, self.device))
+            with autocast(self.device, self.optim.precision):
+                outputs = self.objective(inputs)
+            self.scaler.scale(outputs["loss"] * weight * self.poison).backward()
+            for name, value in outputs.items():
+                losses[name] = losses.get(name, 0.0) + value.detach().float() * weight
+
+        self.scaler.unscale_(self.adamw)
+        grads = [parameter.grad for parameter in self.names.values() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(grads)
+        if self.optim.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(self.names.values(), self.optim.clip_grad, norm)
+
+        is_sound = losses["loss"].isfinite()
+        if not self.scaler.is_enabled():  # which leaves out steps whose gradients overflowed
+            is_sound = is_sound & norm.isfinite()
+        self.poison = torch.where(is_sound, self.poison, torch.nan)
+        self.unchecked.append((step, batch["clip_id"], losses["loss"], norm))
+        self._update()
+        losses["grad_norm"] = norm
+        if self.device.type == "cpu":
+            self.check()
+        return losses
+
+    def _update(self) -> None:
+        if self.scaler.is_enabled():
+            self.scaler.step(self.adamw)  # NaN gradients of a poisoned loss make it do nothing
+            self.scaler.update()
+        else:
+            self.adamw.found_inf = self.poison.isnan().float()
+            self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+
+    def check(self) -> None:
+        """Raise StateError if a step since the last check was non-finite; waits for the device."""
+        unchecked, self.unchecked = self.unchecked, []
+        if not self.poison.isnan():
+            if self.scaler.is_enabled() and self.scaler.get_scale() < LOSS_SCALE_FLOOR:
+                raise StateError(
+                    f"step {unchecked[-1][0]}: gradients overflow fp16 at a loss scale below "
+                    f"{LOSS_SCALE_FLOOR:g}; set optim.precision to bf16 or lower optim.lr"
+                )
+            return
+        for step, clip_ids, loss, norm in unchecked:
+            if not (loss.isfinite() and (norm.isfinite() or self.scaler.is_enabled())):
+                raise NonFiniteError(step, clip_ids.tolist(), loss=loss.item(), norm=norm.item())
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's parameters and buffers by name."""
+        return self.model.state_dict()
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """AdamW's moments and step counts, as `PARAMETER/exp_avg` and the like."""
+        return {
+            f"{name}/{key}": value
+            for name, parameter in self.names.items()
+            for key, value in self.adamw.state[parameter].items()
+        }
+
+    def scaler_state(self) -> dict[str, float]:
+        """The fp16 loss scale and its count of good steps; empty in other precisions."""
+        return self.scaler.state_dict()
+
+    def load(
+        self,
+        weights: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor],
+        scaler: Mapping[str, float],
+    ) -> None:
+        """Take back what `weights`, `optimizer_state` and `scaler_state` gave."""
+        self.model.load_state_dict(weights)
+        self.adamw.state.clear()
+        for key, value in optimizer.items():
+            name, field = key.rsplit("/", 1)
+            # AdamW keeps its step counts in float32 and, when fused, beside the parameter.
+            self.adamw.state[self.names[name]][field] = value.to(self.device)
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(dict(scaler))
+
+
+class NonFiniteError(StateError):
+    """A loss or gradient was not finite; `clip_ids` are the clips of that step."""
+
+    def __init__(self, step: int, clip_ids: list[int], *, loss: float, norm: float) -> None:
+        self.step, self.clip_ids = step, clip_ids
+        super().__init__(
+            f"step {step}: loss {loss:g}, gradient norm {norm:g} on clips {clip_ids}; "
+            "stopped before the weights changed"
+        )

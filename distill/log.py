@@ -1,0 +1,172 @@
+"""What a run tells: progress on the one console, metrics.jsonl and TensorBoard."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import rich
+from rich.logging import RichHandler
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+LINE_SECONDS = 30.0  # between two progress lines where there is no terminal to redraw
+
+_live: list[Progress] = []  # a console redraws one display, so inner bars join the outer one's
+
+
+def configure(level: int = logging.INFO) -> None:
+    """Send the package's log messages to the console; the command line calls this once."""
+    logger = logging.getLogger("distill")
+    if not logger.handlers:
+        handler = RichHandler(console=rich.get_console(), show_path=False, log_time_format="%X")
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(level)
+    logger.propagate = False
+
+
+class Bar:
+    """A running count on the console. `advance` is cheap enough for every step."""
+
+    def __init__(self, display: Progress, task: TaskID) -> None:
+        self._display, self._task = display, task
+
+    def advance(self, count: int = 1) -> None:
+        """Count `count` more units as done."""
+        self._display.advance(self._task, count)
+
+    def note(self, text: str) -> None:
+        """Show `text` behind the bar until the next note."""
+        self._display.update(self._task, note=text)
+
+
+class LineBar(Bar):
+    """The same where nothing can be redrawn (a pipe, a log file): a line now and then."""
+
+    def __init__(self, title: str, *, total: int, unit: str, done: int) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.done = self._first = done
+        self._note = ""
+        self._start = self._printed = time.monotonic()
+
+    def advance(self, count: int = 1) -> None:
+        self.done += count
+        if time.monotonic() - self._printed >= LINE_SECONDS:
+            self.print()
+
+    def note(self, text: str) -> None:
+        self._note = text
+
+    def print(self) -> None:
+        """Write where the count stands, its rate and the time left."""
+        self._printed = time.monotonic()
+        rate = (self.done - self._first) / max(self._printed - self._start, 1e-9)
+        parts = [f"{self.title} {self.done}/{self.total} {self.unit}"]
+        parts.append(f"{rate:.2f} {self.unit}/s")
+        if rate > 0 and self.done < self.total:
+            parts.append(f"{_clock((self.total - self.done) / rate)} left")
+        rich.get_console().print(
+            "  ".join([*parts, self._note]).rstrip(), markup=False, highlight=False, soft_wrap=True
+        )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.2f} {task.fields['unit']}/s")
+
+
+@contextmanager
+def progress(title: str, *, total: int, unit: str, done: int = 0) -> Iterator[Bar]:
+    """Show a bar with rate and time left while the block runs; bars may be nested."""
+    console = rich.get_console()
+    if not console.is_terminal:
+        bar = LineBar(title, total=total, unit=unit, done=done)
+        yield bar
+        bar.print()
+        return
+    if _live:
+        display = _live[0]
+    else:
+        display = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+        display.start()
+    _live.append(display)
+    task = display.add_task(title, total=total, completed=done, unit=unit, note="")
+    try:
+        yield Bar(display, task)
+    finally:
+        _live.pop()
+        if _live:
+            display.remove_task(task)
+        else:
+            display.stop()
+
+
+class RunLog:
+    """Writes metrics to `folder`/metrics.jsonl and `folder`/tensorboard.
+
+    `step` is where the run stands: what an interrupted run wrote about later steps is taken back,
+    because those steps are about to be done again.
+    """
+
+    def __init__(self, folder: Path, *, step: int) -> None:
+        # TensorBoard takes a second to import, which only a run has to pay.
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = folder / "metrics.jsonl"
+        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= step]
+        partial = folder / ".metrics.jsonl.tmp"
+        partial.write_text("".join(kept), encoding="utf-8")
+        os.replace(partial, path)
+        self._lines = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Add one line; names with a slash, such as `val/top1`, form groups in TensorBoard."""
+        self._lines.write(json.dumps({"step": step, **values}) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name if "/" in name else f"train/{name}", value, step)
+
+    def close(self) -> None:
+        """Write out what TensorBoard still buffers."""
+        self._lines.close()
+        self._board.close()
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """Lines that end in a newline: a kill may have cut the last one short."""
+    if not path.exists():
+        return []
+    return [
+        line
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if line.endswith("\n")
+    ]
