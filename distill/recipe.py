@@ -151,7 +151,9 @@ class Cache(Section):
 
     folder: str
     views: PositiveInt = 8
+    seed: int = Field(0, description="of views and masks; runs of any seed train from them")
     codes: Literal["fp16", "int8"] = "int8"
+    batch_size: PositiveInt = Field(16, description="clips in a teacher forward while building")
     shard_mb: PositiveInt = 512
     shard_minutes: Positive = 5.0
     teacher_hash: str | None = Field(None, description="trains without the teacher's file")

@@ -1,0 +1,108 @@
+"""What a cache is: every setting that its records depend on, by the name the recipe gives it.
+
+The revisions are raised by hand when code changes what the same settings produce (tests pin
+bytes). Package versions, decoder and device are no part of it.
+"""
+
+from pathlib import Path
+
+from distill.errors import InputError, StateError
+from distill.recipe import Distill, Recipe, vit_size
+from distill.students.vit import SIZES, resolve_size
+from distill.students.warmstart import file_sha256
+
+REVISIONS = {"layout": 1, "sampling": 1, "augmentation": 1, "mask": 1, "codes": 1}
+
+
+def cache_identity(recipe: Recipe, *, teacher: str | None = None) -> dict:
+    """The identity that a recipe's records have, as a flat dict of JSON values.
+
+    `teacher` is the hash of its weights where it is known already (see `teacher_hash`).
+    Raises InputError for a recipe without a cache.
+    """
+    section = distill_section(recipe)
+    views = recipe.data.views.model_dump(mode="json", exclude={"decoder", "sampling"})
+    sampling = recipe.data.views.sampling.model_dump(mode="json")
+    return {
+        "teacher weights (sha256)": teacher or teacher_hash(recipe),
+        "objective.teacher.size": _size_name(section.teacher.size),
+        "objective.teacher.activation": section.teacher.activation,
+        "objective.teacher.precision": section.teacher.precision,
+        "objective.teacher.layers": section.teacher.layers,
+        "objective.teacher.interval": section.teacher.interval,
+        **{f"data.views.sampling.{name}": value for name, value in sampling.items()},
+        **{f"data.views.{name}": value for name, value in views.items()},
+        "objective.mask.kind": section.mask.kind,
+        "objective.mask.ratio": section.mask.ratio,
+        "objective.cache.codes": section.cache.codes,
+        "objective.cache.seed": section.cache.seed,
+        **{f"{name} revision": number for name, number in REVISIONS.items()},
+    }
+
+
+def distill_section(recipe: Recipe) -> Distill:
+    """The objective of a recipe that has a cache; raises InputError otherwise."""
+    section = recipe.objective
+    if not isinstance(section, Distill) or section.cache is None:
+        raise InputError(
+            f"recipe {recipe.name}: no view cache; give it objective.kind: distill and "
+            "objective.cache.folder"
+        )
+    return section
+
+
+def teacher_hash(recipe: Recipe) -> str:
+    """What tells a teacher's weights from others': the sha256 of their file.
+
+    A hash in the recipe spares the file; a random teacher is known by its seed. Raises
+    InputError when there is neither.
+    """
+    section = distill_section(recipe)
+    weights = section.teacher.weights
+    if section.cache.teacher_hash is not None:
+        return section.cache.teacher_hash
+    if weights is None:
+        return f"random, seed {recipe.run.seed}"
+    if weights.sha256 is not None:
+        return weights.sha256
+    if not Path(weights.checkpoint).exists():
+        raise InputError(
+            f"teacher {weights.checkpoint}: no such file; to train from its cache without it, "
+            "set objective.cache.teacher_hash to its sha256"
+        )
+    return file_sha256(weights.checkpoint)
+
+
+def require_identity(found: dict, expected: dict, *, where: str) -> None:
+    """Refuse a cache that is not the recipe's: StateError, one line, on the first difference."""
+    for name in [*expected, *(name for name in found if name not in expected)]:
+        have, want = found.get(name), expected.get(name)
+        if have == want and (name in found) == (name in expected):
+            continue
+        raise StateError(
+            f"{where}: holds {name} {_text(have)}, the recipe asks for {_text(want)}; "
+            f"{_advice(name, have)}set objective.cache.folder to a new folder and run "
+            "'distill cache-teacher'"
+        )
+
+
+def _advice(name: str, have) -> str:
+    is_setting = name.startswith(("data.", "objective."))
+    return f"set {name}={_text(have)}, or " if is_setting and have is not None else ""
+
+
+def _text(value) -> str:
+    if isinstance(value, list):
+        return "[" + ",".join(str(item) for item in value) + "]"
+    return "none" if value is None else str(value)
+
+
+def _size_name(size) -> str:
+    resolved = resolve_size(vit_size(size))
+    for name, known in SIZES.items():
+        if known == resolved:
+            return name
+    return (
+        f"{resolved.width}x{resolved.depth}x{resolved.heads}, mlp_ratio {resolved.mlp_ratio}, "
+        f"pooled_width {resolved.pooled_width}"
+    )
