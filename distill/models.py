@@ -1,0 +1,96 @@
+"""Recipe sections to models: the only place where the two meet."""
+
+from dataclasses import replace
+
+from distill import recipe as schema
+from distill.errors import InputError
+from distill.students import DistillStudent, VideoClassifier, create_classifier, create_student
+from distill.students.vit import VideoViT, resolve_size
+from distill.students.warmstart import LoadReport, WeightsError, file_sha256, load_weights
+from distill.teachers import Teacher, create_teacher
+
+
+def build_student(recipe: schema.Recipe) -> DistillStudent:
+    """The distillation student of a `distill` recipe, with fresh weights."""
+    teacher = recipe.objective.teacher
+    teacher_size = resolve_size(schema.vit_size(teacher.size))
+    model, views = recipe.model, recipe.data.views
+    return create_student(
+        schema.vit_size(model.size),
+        frames=views.frames,
+        image_size=views.image_size,
+        teacher_width=teacher_size.width,
+        teacher_pooled=teacher_size.pooled_width,
+        num_layers=teacher.layers,
+        decoder=recipe.objective.decoder,
+        drop_path=model.drop_path,
+        activation=model.activation,
+        tubelet=model.tubelet,
+        positions=model.positions,
+        checkpoint_blocks=model.checkpoint_blocks,
+    )
+
+
+def build_classifier(recipe: schema.Recipe) -> VideoClassifier:
+    """The classifier of a `classify` recipe, with fresh weights."""
+    model, views = recipe.model, recipe.data.views
+    return create_classifier(
+        schema.vit_size(model.size),
+        num_classes=recipe.objective.num_classes,
+        frames=views.frames,
+        image_size=views.image_size,
+        drop_path=model.drop_path,
+        fc_drop=recipe.objective.fc_drop,
+        activation=model.activation,
+        tubelet=model.tubelet,
+        positions=model.positions,
+        checkpoint_blocks=model.checkpoint_blocks,
+    )
+
+
+def build_model(recipe: schema.Recipe) -> DistillStudent | VideoClassifier:
+    """The model that a recipe trains, with fresh weights."""
+    if isinstance(recipe.objective, schema.Distill):
+        return build_student(recipe)
+    return build_classifier(recipe)
+
+
+def build_teacher(recipe: schema.Recipe) -> Teacher:
+    """The frozen teacher of a `distill` recipe, with its weights; raises InputError without any."""
+    teacher, views = recipe.objective.teacher, recipe.data.views
+    if teacher.weights is None and not teacher.random:
+        raise InputError(
+            "objective.teacher.weights: a teacher needs weights; "
+            "set objective.teacher.weights.checkpoint=PATH"
+        )
+    model = create_teacher(
+        schema.vit_size(teacher.size),
+        frames=views.frames,
+        image_size=views.image_size,
+        num_layers=teacher.layers,
+        interval=teacher.interval,
+        activation=teacher.activation,
+        random=True,  # the weights, if any, are loaded below with all of their settings
+    )
+    if teacher.weights is not None:
+        load_recipe_weights(model, teacher.weights)
+    return model
+
+
+def load_recipe_weights(model: VideoViT, weights: schema.Weights) -> LoadReport:
+    """Load a recipe's `weights` section into a model; raises WeightsError with one line."""
+    if weights.sha256 is not None:
+        found = file_sha256(weights.checkpoint)
+        if found != weights.sha256.lower():
+            raise WeightsError(
+                f"{weights.checkpoint}: sha256 is {found}, the recipe expects {weights.sha256}; "
+                "fetch the file again, or set the recipe's sha256 if you trust this one"
+            )
+    return load_weights(
+        model,
+        weights.checkpoint,
+        frames=weights.frames,
+        head=weights.head,
+        allow_missing=weights.allow_missing,
+        allow_unused=weights.allow_unused,
+    )
