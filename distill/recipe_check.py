@@ -1,0 +1,293 @@
+"""What is wrong with a recipe, in the words of the person who wrote it."""
+
+import difflib
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from distill.recipe import ClipList, Distill, Recipe, Run, Section, Weights, vit_size
+from distill.students.vit import PATCH, ViTSize, resolve_size
+
+Keys = tuple[str, ...]
+Origins = dict[Keys, str]  # what a message about the value at these keys starts with
+
+STAGE = "stage:"  # a checkpoint of this form is an earlier stage of the study
+
+
+def check_recipe(
+    tree: dict[str, Any],
+    origins: Origins,
+    place: str,
+    *,
+    mistakes: list[str],
+    earlier: Collection[str] | None = None,
+) -> Recipe | None:
+    """Validate a tree, or append a line per mistake and return None.
+
+    `place` starts a message about a key that nobody wrote; `earlier` names the stages before
+    this one (None outside a study).
+    """
+    try:
+        recipe = Recipe.model_validate_json(json.dumps(tree, default=str), strict=True)
+    except ValidationError as error:
+        mistakes += _explain(error, Recipe, tree, origins, place)
+        return None
+    found = list(_contradictions(recipe, earlier))
+    mistakes += [f"{_origin(keys, origins, place)}: {message}" for keys, message in found]
+    return None if found else recipe
+
+
+def check_run(tree: Any, origins: Origins, place: str, *, mistakes: list[str]) -> Run:
+    """Validate the `run` section that a study's stages share; defaults after a mistake."""
+    try:
+        return Run.model_validate_json(json.dumps(tree, default=str), strict=True)
+    except ValidationError as error:
+        below = {keys[1:]: origin for keys, origin in origins.items() if keys[:1] == ("run",)}
+        mistakes += _explain(error, Run, tree, below, f"{place}run.")
+        return Run()
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`, did you mean 'lr'?` where one of the names comes close, and nothing otherwise."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _explain(
+    error: ValidationError, model: type[Section], tree: Any, origins: Origins, place: str
+) -> list[str]:
+    lines = []
+    details = error.errors(include_url=False)
+    places = [_keys_of(detail["loc"], tree) for detail in details]
+    for detail, keys in zip(details, places, strict=True):
+        kind, value = detail["type"], detail.get("input")
+        # A size is a name or a section: say only what fits the form that was written.
+        if kind == "literal_error" and isinstance(value, dict):
+            continue
+        if kind == "model_type" and places.count(keys) > 1:
+            continue
+        if kind.startswith("union_tag"):
+            keys = (*keys, "kind")
+        lines.append(f"{_origin(keys, origins, place)}: {_message(detail, model, tree, keys)}")
+    return lines
+
+
+def _keys_of(loc: tuple[int | str, ...], tree: Any) -> Keys:
+    """Pydantic's location without the tags of unions, which nobody writes."""
+    keys: list[str] = []
+    for index, part in enumerate(loc):
+        last = index == len(loc) - 1
+        if isinstance(part, int) or (isinstance(tree, dict) and part in tree):
+            keys.append(str(part))
+            tree = tree[part] if isinstance(tree, dict) else None
+        elif last and isinstance(tree, dict):
+            keys.append(part)  # a missing key
+    return tuple(keys)
+
+
+def _message(detail: Any, model: type[Section], tree: Any, keys: Keys) -> str:
+    kind, value = detail["type"], detail.get("input")
+    if kind == "extra_forbidden":
+        return _unknown(model, tree, keys)
+    if kind in ("missing", "union_tag_not_found"):
+        return "missing"
+    if kind == "union_tag_invalid":
+        tag, expected = detail["ctx"]["tag"], detail["ctx"]["expected_tags"]
+        return f"must be {' or '.join(expected.split(', '))}, got {json.dumps(tag)}" + nearest(
+            str(tag), re.findall(r"'([^']*)'", expected)
+        )
+    message = detail["msg"].replace("Input should be", "must be").replace("an object", "a section")
+    message = f"{message[0].lower()}{message[1:]}, got {json.dumps(value, default=str)}"
+    if kind == "literal_error":
+        message += nearest(str(value), re.findall(r"'([^']*)'", detail["ctx"]["expected"]))
+    return message
+
+
+def _unknown(model: type[Section], tree: Any, keys: Keys) -> str:
+    sections: list[type[BaseModel]] = [model]
+    for key in keys[:-1]:
+        tree = tree[key]
+        sections = [
+            below
+            for section in sections
+            if key in section.model_fields
+            for below in _sections(section.model_fields[key].annotation)
+            if _is_kind(below, tree)
+        ]
+    names = [name for section in sections for name in section.model_fields]
+    elsewhere = [path for path in _schema_paths(model) if path.split(".")[-1] == keys[-1]]
+    hint = nearest(keys[-1], names)
+    if not hint and elsewhere:
+        hint = f", did you mean {' or '.join(repr(path) for path in elsewhere)}?"
+    return f"unknown key{hint or '; known here: ' + ', '.join(names)}"
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [section for part in get_args(annotation) for section in _sections(part)]
+
+
+def _is_kind(section: type[BaseModel], tree: Any) -> bool:
+    kind = section.model_fields.get("kind")
+    if kind is None or not isinstance(tree, dict):
+        return True
+    return tree.get("kind", kind.default) in get_args(kind.annotation)
+
+
+def _schema_paths(section: type[BaseModel], above: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield above + name
+        for below in _sections(field.annotation):
+            yield from _schema_paths(below, f"{above}{name}.")
+
+
+def _origin(keys: Keys, origins: Origins, place: str) -> str:
+    if keys in origins:
+        return origins[keys]
+    if keys and keys[-1].isdigit() and keys[:-1] in origins:
+        origin = origins[keys[:-1]]  # a list's, whose item is at fault
+        return f"{origin}[{keys[-1]}]" if origin.endswith(keys[-2]) else origin
+    return place + ".".join(keys)
+
+
+def _contradictions(recipe: Recipe, earlier: Collection[str] | None) -> Iterator[tuple[Keys, str]]:
+    """What each section alone cannot see; `earlier` are the study's stages before this one."""
+    model, views, optim = recipe.model, recipe.data.views, recipe.optim
+    if views.image_size % PATCH:
+        yield ("data", "views", "image_size"), f"must be divisible by the patch, {PATCH} px"
+    if views.frames % model.tubelet:
+        yield ("data", "views", "frames"), f"must be divisible by model.tubelet, {model.tubelet}"
+    if optim.epochs and optim.warmup_epochs > optim.epochs:
+        yield ("optim", "warmup_epochs"), f"must be at most optim.epochs, {optim.epochs}"
+    if optim.micro_batch and optim.micro_batch > optim.batch_size:
+        yield ("optim", "micro_batch"), f"must be at most optim.batch_size, {optim.batch_size}"
+    for name in ("min_lr", "warmup_lr"):
+        if getattr(optim, name) > optim.lr:
+            yield ("optim", name), f"must be at most optim.lr, {optim.lr:g}"
+    for keys, weights in _weights(recipe):
+        yield from _stage_errors((*keys, "checkpoint"), weights.checkpoint, earlier)
+    sizes = {}
+    own_sizes = [(("model", "size"), model.size)]
+    if isinstance(recipe.objective, Distill):
+        own_sizes.append((("objective", "teacher", "size"), recipe.objective.teacher.size))
+    for keys, size in own_sizes:
+        try:
+            sizes[keys[0]] = resolve_size(vit_size(size))
+        except ValueError as error:
+            yield keys, str(error)
+    if isinstance(recipe.objective, Distill):
+        yield from _distill_errors(recipe.objective, **sizes)
+    elif getattr(recipe.data, recipe.evaluate.split) is None:
+        split = recipe.evaluate.split
+        yield ("evaluate", "split"), f"is {split!r}, but data.{split} is missing"
+
+
+def _distill_errors(
+    section: Distill, *, model: ViTSize | None = None, objective: ViTSize | None = None
+) -> Iterator[tuple[Keys, str]]:
+    teacher, cache = section.teacher, section.cache
+    if model and teacher.layers > model.depth:
+        yield (
+            ("objective", "teacher", "layers"),
+            f"is {teacher.layers}, but the student has {model.depth} blocks",
+        )
+    if objective and int((teacher.layers - 1) * teacher.interval) >= objective.depth:
+        yield (
+            ("objective", "teacher", "interval"),
+            f"{teacher.layers} layers {teacher.interval} apart reach below the first of the "
+            f"teacher's {objective.depth} blocks",
+        )
+    if section.targets == "cached" and cache is None:
+        yield (
+            ("objective", "cache"),
+            "missing: give it a folder, or set objective.targets=live",
+        )
+    if teacher.random and teacher.weights:
+        yield ("objective", "teacher", "random"), "contradicts objective.teacher.weights"
+    if not (teacher.random or teacher.weights or (cache and cache.teacher_hash)):
+        yield (
+            ("objective", "teacher", "weights"),
+            "missing: a teacher is random only where the recipe says 'random: true'",
+        )
+
+
+def _stage_errors(
+    keys: Keys, checkpoint: str, earlier: Collection[str] | None
+) -> Iterator[tuple[Keys, str]]:
+    name = checkpoint.removeprefix(STAGE)
+    if name == checkpoint:
+        return
+    if earlier is None:
+        yield keys, f"{checkpoint!r} is a stage, but this recipe has none"
+    elif name not in earlier:
+        yield keys, f"no stage {name!r} comes before this one{nearest(name, earlier)}"
+
+
+def _weights(recipe: Recipe) -> Iterator[tuple[Keys, Weights]]:
+    if recipe.model.weights is not None:
+        yield ("model", "weights"), recipe.model.weights
+    if isinstance(recipe.objective, Distill) and recipe.objective.teacher.weights is not None:
+        yield ("objective", "teacher", "weights"), recipe.objective.teacher.weights
+
+
+def missing_inputs(
+    recipe: Recipe, verb: Literal["train", "cache-teacher", "evaluate"], *, stage: str | None = None
+) -> list[str]:
+    """Every file that `verb` would read and that is not there, with the override that sets it.
+
+    Clips of a `demo` section are made on the way, and a view cache whose teacher is given by its
+    hash needs neither the teacher nor its videos.
+    """
+    prefix = "" if stage is None else f"stages.{stage}."
+    is_distill = isinstance(recipe.objective, Distill)
+    is_cached = verb == "train" and _has_cache(recipe)
+    splits = []
+    if verb == "cache-teacher" or (verb == "train" and recipe.optim.epochs):
+        splits.append("train")
+    if verb == "evaluate" or (verb == "train" and not is_distill):
+        splits.append(recipe.evaluate.split)
+    if verb == "train" and not is_distill and recipe.optim.epochs and recipe.evaluate.every_epochs:
+        splits.append("val")
+    lines = []
+    for split in dict.fromkeys(splits):
+        clips = getattr(recipe.data, split)
+        if clips is not None and recipe.data.demo is None and not (is_cached and not clips.list):
+            lines += _missing_list(clips, f"{prefix}data.{split}", reads_videos=not is_cached)
+    for keys, weights in _weights(recipe):
+        if keys[0] == "objective":
+            is_needed = verb == "cache-teacher" or (verb == "train" and not is_cached)
+        else:
+            is_needed = verb == "train"
+        path = weights.checkpoint
+        if is_needed and not path.startswith(STAGE) and not Path(path).exists():
+            key = f"{prefix}{'.'.join(keys)}.checkpoint"
+            lines.append(_missing(key, f"{path}: no such file", weights.source))
+    return lines
+
+
+def _has_cache(recipe: Recipe) -> bool:
+    """Whether there is a cache whose teacher the recipe knows by its hash."""
+    section = recipe.objective
+    if not isinstance(section, Distill) or section.targets != "cached":
+        return False
+    weights = section.teacher.weights
+    is_known = section.cache.teacher_hash or (weights is not None and weights.sha256)
+    return bool(is_known) and any(Path(section.cache.folder).glob("*"))
+
+
+def _missing_list(clips: ClipList, key: str, *, reads_videos: bool) -> Iterator[str]:
+    if clips.list is None:
+        yield _missing(f"{key}.list", "not set", clips.source)
+    elif not Path(clips.list).is_file():
+        yield _missing(f"{key}.list", f"{clips.list}: no such file", clips.source)
+    if reads_videos and clips.prefix is not None and not Path(clips.prefix).is_dir():
+        yield _missing(f"{key}.prefix", f"{clips.prefix}: no such folder", None)
+
+
+def _missing(key: str, what: str, source: str | None) -> str:
+    return f"{key}: {what}{f' ({source})' if source else ''}; set {key}=PATH"
