@@ -1,4 +1,4 @@
-"""Video students: one transformer, its sizes, and the heads that make it a student or classifier."""
+"""Video students: one transformer, its sizes, and what makes it a student or classifier."""
 
 from distill.students.classifier import VideoClassifier, create_classifier
 from distill.students.student import DistillStudent, create_student

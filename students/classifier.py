@@ -1,8 +1,13 @@
 """A backbone with a classification head, for finetuning, probing and training from scratch."""
 
+from typing import Literal
+
+import torch
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from distill.students.vit import (
+    MLP,
     Activation,
     Positions,
     VideoViT,
@@ -12,9 +17,21 @@ from distill.students.vit import (
 
 HEAD_INIT_SCALE = 0.001  # upstream's init_scale: logits start near zero
 
+Probe = Literal["attentive_mlp", "cls_avg1", "cls_avgN", "cls_avg1_proj", "cls_avgN_proj"]
+ProbeNorm = Literal["LN", "BN", "kaiming_BN"]
+
+# Upstream's linear probes (models/internvideo2_cat.py): is the mean over patches taken per frame,
+# and does the pooled vector join what the head sees?
+_MERGES = {
+    "cls_avg1": (False, False),
+    "cls_avgN": (True, False),
+    "cls_avg1_proj": (False, True),
+    "cls_avgN_proj": (True, True),
+}
+
 
 class VideoClassifier(VideoViT):
-    """Pooled tokens -> LayerNorm -> dropout -> linear head."""
+    """Pooled tokens -> LayerNorm -> dropout -> linear head, with a probe in between if asked."""
 
     def __init__(
         self,
@@ -23,6 +40,8 @@ class VideoClassifier(VideoViT):
         num_classes: int,
         frames: int,
         image_size: int,
+        probe: Probe | None = None,
+        probe_norm: ProbeNorm = "LN",
         tubelet: int = 1,
         positions: Positions = "joint",
         drop_path: float = 0.0,
@@ -40,19 +59,68 @@ class VideoClassifier(VideoViT):
             activation=activation,
             checkpoint_blocks=checkpoint_blocks,
         )
-        self.fc_norm = nn.LayerNorm(size.pooled_width, eps=1e-5)
+        pooled = size.pooled_width
+        self.probe, self.probe_norm = probe, probe_norm
+        features = pooled
+        if probe == "attentive_mlp":
+            mlp = MLP(pooled, hidden=4 * pooled, activation="gelu")
+            self.extra_mlp = nn.Sequential(nn.LayerNorm(pooled, eps=1e-5), mlp)
+        self.fc_norm = nn.LayerNorm(pooled, eps=1e-5)
+        if probe in _MERGES:
+            per_frame, with_pooled = _MERGES[probe]
+            merged = pooled if per_frame else size.width
+            self.down_norm = _merge_norm(merged, kind=probe_norm)
+            self.down = (
+                nn.Sequential(nn.Linear(size.width, pooled), nn.GELU())
+                if per_frame
+                else nn.Identity()
+            )
+            features = merged * (1 + (self.grid[0] if per_frame else 1)) + pooled * with_pooled
         self.fc_dropout = nn.Dropout(fc_drop)
-        self.head = nn.Linear(size.pooled_width, num_classes)
+        self.head = nn.Linear(features, num_classes)
         self.init_weights()
         self.head.weight.data.mul_(HEAD_INIT_SCALE)
         self.head.bias.data.mul_(HEAD_INIT_SCALE)
+        if probe == "attentive_mlp":  # the identity at the start
+            nn.init.zeros_(self.extra_mlp[1].fc2.weight)
 
     def forward(self, clip: Tensor, *, keep: Tensor | None = None) -> Tensor:
         """[B,3,T,H,W], uint8 or normalised floating point, to logits [B,V]."""
         patches, _ = self.select_patches(clip, None)
         h, _ = self.encode(patches, keep=keep)
+        return self.head(self.fc_dropout(self._features(h)))
+
+    def _features(self, h: Tensor) -> Tensor:
+        """What the head sees of the hidden state [B,1+N,D]."""
+        if self.probe not in _MERGES:
+            pooled, _ = self.clip_projector(h)
+            if self.probe == "attentive_mlp":
+                pooled = pooled + self.extra_mlp(pooled)
+            return self.fc_norm(pooled)
+        per_frame, with_pooled = _MERGES[self.probe]
+        steps = self.grid[0] if per_frame else 1
+        means = reduce(h[:, 1:], "b (t s) d -> b t d", "mean", t=steps)
+        merged = self.down(torch.cat([h[:, :1], means], dim=1))  # [B,1+t,D or P]
+        if self.probe_norm == "LN":
+            merged = rearrange(self.down_norm(merged), "b t d -> b (t d)")
+        else:  # upstream flattens channel by channel here: the heads are not interchangeable
+            channels = rearrange(merged, "b t d -> b d t")
+            merged = rearrange(self.down_norm(channels), "b d t -> b (d t)")
+        if not with_pooled:
+            return merged
         pooled, _ = self.clip_projector(h)
-        return self.head(self.fc_dropout(self.fc_norm(pooled)))
+        return torch.cat([merged, self.fc_norm(pooled)], dim=1)
+
+
+def _merge_norm(width: int, *, kind: ProbeNorm) -> nn.Module:
+    match kind:
+        case "LN":
+            return nn.LayerNorm(width, eps=1e-5)
+        case "BN":
+            return nn.BatchNorm1d(width, eps=1e-5)
+        case "kaiming_BN":
+            return nn.BatchNorm1d(width, affine=False, eps=1e-6)
+    raise ValueError(f"unknown probe_norm {kind!r}; choose one of LN, BN, kaiming_BN")
 
 
 def create_classifier(
@@ -61,6 +129,8 @@ def create_classifier(
     num_classes: int,
     frames: int = 8,
     image_size: int = 224,
+    probe: Probe | None = None,
+    probe_norm: ProbeNorm = "LN",
     drop_path: float = 0.0,
     fc_drop: float = 0.0,
     activation: Activation = "gelu_tanh",
@@ -68,12 +138,24 @@ def create_classifier(
     positions: Positions = "joint",
     checkpoint_blocks: int = 0,
 ) -> VideoClassifier:
-    """Build a classifier with fresh weights; raises ValueError for settings that do not fit."""
+    """Build a classifier with fresh weights.
+
+    `probe` is upstream's extra MLP after the pool ("attentive_mlp"), or which token means its
+    linear probe puts together ("cls_avg1" to "cls_avgN_proj"), normalised by `probe_norm`; the
+    published probes without either are this model with its pool or head alone trained. Raises
+    ValueError for an unknown name or settings that do not fit.
+    """
+    if probe not in (None, "attentive_mlp", *_MERGES):
+        raise ValueError(
+            f"unknown probe {probe!r}; choose one of attentive_mlp, {', '.join(_MERGES)}"
+        )
     return VideoClassifier(
         resolve_size(size),
         num_classes=num_classes,
         frames=frames,
         image_size=image_size,
+        probe=probe,
+        probe_norm=probe_norm,
         tubelet=tubelet,
         positions=positions,
         drop_path=drop_path,

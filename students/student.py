@@ -72,9 +72,11 @@ class DistillStudent(VideoViT):
         Takes either a clip [B,3,T,H,W] with a mask [B,1+N] (True = dropped), or what a cache
         record holds: patches [B,M-1,U] and tokens [B,M-1].
         """
-        if (clip is None) == (patches is None):
+        from_clip = clip is not None and patches is None and tokens is None
+        from_record = patches is not None and clip is None and mask is None
+        if not (from_clip or from_record):
             raise ValueError("give either clip and mask, or patches and tokens")
-        if clip is not None:
+        if from_clip:
             patches, tokens = self.select_patches(clip, mask)
         h, collected = self.encode(patches, tokens, collect=self.return_layers, keep=keep)
         table = self.position_table("clip_")

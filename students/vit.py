@@ -7,7 +7,7 @@ Architecture and state-dict keys follow InternVideo2's single-modality models
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -74,10 +74,13 @@ def patchify(clip: Tensor, *, tubelet: int = 1) -> Tensor:
 
 def normalize_patches(patches: Tensor) -> Tensor:
     """Turn uint8 patches [...,3*U] into float32 with ImageNet statistics."""
-    mean = torch.tensor(IMAGENET_MEAN, device=patches.device)[:, None] * 255
-    std = torch.tensor(IMAGENET_STD, device=patches.device)[:, None] * 255
-    values = rearrange(patches.float(), "... (c u) -> ... c u", c=3)
-    return rearrange((values - mean) / std, "... c u -> ... (c u)")
+    channels = rearrange(patches.float(), "... (c u) -> c ... u", c=3)
+    # The statistics stay Python numbers: a tensor would be copied to the device at every step.
+    scaled = [
+        (channel - 255 * mean) / (255 * std)
+        for channel, mean, std in zip(channels, IMAGENET_MEAN, IMAGENET_STD, strict=True)
+    ]
+    return torch.cat(scaled, dim=-1)
 
 
 def take_rows(table: Tensor, index: Tensor) -> Tensor:
@@ -237,6 +240,13 @@ class VideoViT(nn.Module):
                 f"{frames} frames of {image_size} px do not divide into tubelets of {tubelet} "
                 f"and patches of {PATCH} px"
             )
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path must be at least 0 and below 1, got {drop_path}")
+        if activation not in get_args(Activation) or positions not in get_args(Positions):
+            raise ValueError(
+                f"activation must be one of {', '.join(get_args(Activation))} and positions one "
+                f"of {', '.join(get_args(Positions))}, got {activation!r} and {positions!r}"
+            )
         self.size, self.tubelet, self.positions = size, tubelet, positions
         self.frames, self.image_size = frames, image_size
         self.checkpoint_blocks = checkpoint_blocks
@@ -313,6 +323,10 @@ class VideoViT(nn.Module):
         here when training without them); returns the last hidden state [B,M,D] and the hidden
         states after the blocks in `collect`, by ascending depth.
         """
+        visible = self.num_patches if tokens is None else tokens.shape[1]
+        values = 3 * self.tubelet * PATCH * PATCH
+        if tuple(patches.shape[1:]) != (visible, values):
+            raise ValueError(f"expected patches [B,{visible},{values}], got {list(patches.shape)}")
         table = self.position_table()
         positions = table[:, 1:] if tokens is None else take_rows(table[:, 1:], tokens.long())
         x = self.patch_embed(patches) + positions  # [B,M-1,D]
@@ -335,6 +349,6 @@ class VideoViT(nn.Module):
 
     def drop_path_keep(self, uniform: Tensor) -> Tensor:
         """Turn uniform draws [2L,B] in [0,1) into branch factors: 0, or 1/(1-rate)."""
-        rates = torch.tensor(self.drop_path_rates, device=uniform.device)
+        rates = torch.linspace(0, self.drop_path_rates[-1], len(self.blocks), device=uniform.device)
         rates = rates.repeat_interleave(2)[:, None]  # [2L,1]
         return (uniform >= rates).float() / (1 - rates)
