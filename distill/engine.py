@@ -1,11 +1,14 @@
 """One optimiser step on one device, in plain torch. The training loop knows only this interface."""
 
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distill import recipe
+from distill import draw, recipe
 from distill.errors import StateError
 from distill.optim import param_groups, set_lr
 
@@ -20,6 +23,28 @@ LOSS_SCALE_FLOOR = 1.0
 def pick_device() -> torch.device:
     """The first CUDA device, or the CPU where there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def reproducible(device: torch.device, *, seed: int) -> Iterator[None]:
+    """Seed every global generator and, on a CPU, take deterministic algorithms only.
+
+    Without them, threads add up the gradients of gathered rows in an order of their own.
+    """
+    number = draw.key("global", seed) & 0xFFFFFFFF  # as wide as NumPy takes
+    torch.manual_seed(number)
+    np.random.seed(number)
+    random.seed(number)
+    before = torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # only hides what it costs
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -170,3 +170,24 @@ def _complete_lines(path: Path) -> list[str]:
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
         if line.endswith("\n")
     ]
+
+
+class Meter:
+    """Clips per second, and the share of the time that was spent waiting for data.
+
+    `wait_seconds` is what the loader has waited in all, as it counts it itself.
+    """
+
+    def __init__(self, wait_seconds: float) -> None:
+        self.clips, self._waited, self._time = 0, wait_seconds, time.monotonic()
+
+    def read(self, wait_seconds: float) -> dict[str, float]:
+        """The rates since the last reading."""
+        now = time.monotonic()
+        elapsed = max(now - self._time, 1e-9)
+        rates = {
+            "clips_per_second": self.clips / elapsed,
+            "data_wait": (wait_seconds - self._waited) / elapsed,
+        }
+        self.clips, self._waited, self._time = 0, wait_seconds, now
+        return rates

@@ -1,0 +1,36 @@
+"""Ctrl-C and SIGTERM as a request that a run grants at the next step."""
+
+import signal
+import threading
+from types import FrameType
+
+
+class Interrupted(SystemExit):
+    """SIGINT or SIGTERM came and the run was saved; the exit code is 128 plus the signal."""
+
+
+class StopRequest:
+    """Turns SIGINT and SIGTERM into a flag that the loop looks at; a second Ctrl-C kills."""
+
+    def __init__(self) -> None:
+        self.signum = 0
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():  # others cannot set handlers
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._previous[signum] = signal.signal(signum, self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def _request(self, signum: int, _: FrameType | None) -> None:
+        self.signum = signum
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal came."""
+        if self.signum:
+            raise Interrupted(128 + self.signum)

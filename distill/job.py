@@ -1,0 +1,153 @@
+"""From a recipe to what a training loop needs: everything a run reads is opened here."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from distill import recipe as schema
+from distill.cache.build import build_cache
+from distill.cache.read import Cache, CachedBatches
+from distill.data.index import Clip, read_list
+from distill.data.load import ClipBatches, Quarantine
+from distill.errors import InputError, StateError
+from distill.evaluate import labelled_clips
+from distill.models import build_classifier, build_student, build_teacher, load_recipe_weights
+from distill.objective import ClassifyObjective, DistillObjective
+from distill.students.vit import VideoViT
+from distill.targets import CachedTargets, LiveTargets
+
+PROBED_CLIPS = 8  # of a list, to tell a wrong folder from missing videos
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the loop trains on. `prepare` turns a batch as read into one the objective takes."""
+
+    model: VideoViT
+    objective: nn.Module
+    batches: ClipBatches | CachedBatches
+    prepare: Callable[[dict], dict]
+    clip_names: Callable[[Sequence[int]], list[str]]
+    quarantine: Quarantine | None
+
+
+def build_job(recipe: schema.Recipe, folder: Path, *, device: torch.device) -> Job:
+    """Open everything a run reads, before its optimiser is built."""
+    objective, seed, batch_size = recipe.objective, recipe.run.seed, recipe.optim.batch_size
+    if isinstance(objective, schema.Distill) and objective.targets == "cached":
+        cache = open_cache(recipe)
+        student = with_weights(build_student(recipe), recipe)
+        return Job(
+            student,
+            DistillObjective(student, objective, seed=seed),
+            CachedBatches(cache, batch_size=batch_size, seed=seed),
+            CachedTargets(),
+            cache.clip_names,
+            None,
+        )
+
+    is_live = isinstance(objective, schema.Distill)
+    clips = read_list(recipe.data.train, seed=seed) if is_live else labelled_clips(recipe, "train")
+    check_videos(clips, recipe.data.train)
+    quarantine = Quarantine(
+        folder / "quarantine.jsonl", total=len(clips), max_share=recipe.data.max_quarantined
+    )
+    names = {clip.id: clip.name for clip in clips}
+    # As a cache would have them, so that cached and live runs see the same views.
+    views = objective.cache.views if is_live and objective.cache else None
+    batches = ClipBatches(
+        clips,
+        recipe.data,
+        batch_size=batch_size,
+        seed=seed,
+        views_per_clip=views,
+        quarantine=quarantine,
+    )
+    if is_live:
+        model = with_weights(build_student(recipe), recipe)
+        loss = DistillObjective(model, objective, seed=seed)
+        teacher = build_teacher(recipe).to(device)
+        prepare = LiveTargets(teacher, objective.mask, seed)
+    else:
+        model = with_weights(build_classifier(recipe), recipe)
+        loss = ClassifyObjective(model, objective, seed=seed)
+        prepare = _as_read
+    return Job(
+        model, loss, batches, prepare, lambda ids: [names[clip_id] for clip_id in ids], quarantine
+    )
+
+
+def _as_read(batch: dict) -> dict:
+    return batch
+
+
+def open_cache(recipe: schema.Recipe) -> Cache:
+    """The recipe's view cache, made or completed first where records are missing."""
+    folder = recipe.objective.cache.folder
+    try:
+        return Cache.open(folder, recipe)
+    except StateError:
+        if recipe.data.train.list is None:
+            raise  # there are no videos to make the missing records from
+    build_cache(recipe)
+    return Cache.open(folder, recipe)
+
+
+def with_weights(model: VideoViT, recipe: schema.Recipe) -> VideoViT:
+    """The model with the recipe's starting weights, if it names any."""
+    if recipe.model.weights is not None:
+        for line in load_recipe_weights(model, recipe.model.weights).lines():
+            logger.info("%s", line)
+    return model
+
+
+def check_evaluation(recipe: schema.Recipe) -> None:
+    """Raise InputError now for what would stop an evaluation after hours of training."""
+    if not isinstance(recipe.objective, schema.Classify):
+        return
+    if recipe.data.val is not None and recipe.evaluate.every_epochs:
+        labelled_clips(recipe, "val")
+    if has_evaluation(recipe):
+        clips = labelled_clips(recipe, recipe.evaluate.split)
+        check_videos(clips, getattr(recipe.data, recipe.evaluate.split))
+
+
+def has_evaluation(recipe: schema.Recipe) -> bool:
+    """Whether there is a list to evaluate on; a run without one only trains."""
+    return recipe.data.val is not None or recipe.data.test is not None
+
+
+def check_videos(clips: Sequence[Clip], section: schema.ClipList) -> None:
+    """Raise InputError if none of the first videos exists: that is a wrong folder, not bad luck."""
+    if not clips:
+        raise InputError(f"{section.list}: holds no clips")
+    if not any(Path(clip.path).exists() for clip in clips[:PROBED_CLIPS]):
+        raise InputError(
+            f"{section.list}: {clips[0].path} is not there, nor are the clips after it; "
+            "set the list's `prefix` to the folder that holds them"
+        )
+
+
+def describe_model(recipe: schema.Recipe) -> dict[str, str]:
+    """Metadata of a weights file: enough to build its model without the recipe."""
+    model, views = recipe.model, recipe.data.views
+    size = model.size if isinstance(model.size, str) else model.size.model_dump_json()
+    described = {
+        "recipe": recipe.name,
+        "objective": recipe.objective.kind,
+        "size": size,
+        "frames": str(views.frames),
+        "image_size": str(views.image_size),
+        "tubelet": str(model.tubelet),
+        "positions": model.positions,
+        "activation": model.activation,
+    }
+    if isinstance(recipe.objective, schema.Classify):
+        described["num_classes"] = str(recipe.objective.num_classes)
+    return described
