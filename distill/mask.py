@@ -46,7 +46,7 @@ def draw_tokens(
     """
     t, h, w = grid
     visible = num_visible(t * h * w, grid, mask)
-    keys = clip_ids + view * _VIEW_STEP
+    keys = clip_ids + torch.as_tensor(view, device=clip_ids.device) * _VIEW_STEP  # wraps
     if mask.kind == "tube":
         places = _largest(draw.gumbel(keys, "mask", seed, count=h * w), visible // t)  # [B,m]
         start = torch.arange(t, device=keys.device) * (h * w)

@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from distill.cache import codes
+from distill.engine import autocast
 from distill.mask import draw_tokens
 from distill.recipe import Mask
 from distill.students.vit import patchify, take_rows
@@ -17,15 +18,18 @@ from distill.teachers import Teacher
 
 @torch.no_grad()
 def view_records(
-    teacher: Teacher, batch: dict, *, mask: Mask, seed: int
+    teacher: Teacher, batch: dict, *, mask: Mask, seed: int, precision: str = "fp32"
 ) -> dict[str, Tensor]:
     """What a record of each view holds, from clip_id [B], view [B] and pixels uint8 [B,3,T,H,W].
 
     Returns tokens int64 [B,M-1] ascending, patches uint8 [B,M-1,U], and in float32 middle
     [K,B,M,E] (class token first) and pooled [B,P], both of unit length, and attention [B,N].
     The one way from a teacher to targets: cached and live ones differ by the codes alone.
+    The teacher runs in `precision` ("fp32", "bf16" or "fp16").
     """
-    states, pooled, attention = teacher.hidden(batch["pixels"])
+    pixels = batch["pixels"]
+    with autocast(pixels.device, precision):
+        states, pooled, attention = teacher.hidden(pixels)
     tokens = draw_tokens(
         mask,
         clip_ids=batch["clip_id"],
@@ -37,7 +41,7 @@ def view_records(
     rows = F.pad(tokens + 1, (1, 0))  # the class token's row, then the visible patches'
     # Visible rows first, unit length after: the full stack would be five times as large.
     middle = torch.stack([F.normalize(take_rows(x, rows).float(), dim=-1) for x in states])
-    patches = take_rows(patchify(batch["pixels"], tubelet=teacher.tubelet), tokens)
+    patches = take_rows(patchify(pixels, tubelet=teacher.tubelet), tokens)
     return {
         "tokens": tokens,
         "patches": patches,
@@ -48,13 +52,17 @@ def view_records(
 
 
 class LiveTargets:
-    """Runs the teacher on a batch of `ClipBatches`."""
+    """Runs the teacher, in the recipe's precision, on a batch of `ClipBatches`."""
 
-    def __init__(self, teacher: Teacher, mask: Mask, seed: int) -> None:
-        self.teacher, self.mask, self.seed = teacher, mask, seed
+    def __init__(
+        self, teacher: Teacher, mask: Mask, seed: int, *, precision: str = "fp32"
+    ) -> None:
+        self.teacher, self.mask, self.seed, self.precision = teacher, mask, seed, precision
 
     def __call__(self, batch: dict) -> dict:
-        records = view_records(self.teacher, batch, mask=self.mask, seed=self.seed)
+        records = view_records(
+            self.teacher, batch, mask=self.mask, seed=self.seed, precision=self.precision
+        )
         return {"clip_id": batch["clip_id"], "epoch": batch["epoch"], **records}
 
 

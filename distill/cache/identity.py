@@ -60,11 +60,11 @@ def teacher_hash(recipe: Recipe) -> str:
     section = distill_section(recipe)
     weights = section.teacher.weights
     if section.cache.teacher_hash is not None:
-        return section.cache.teacher_hash
+        return section.cache.teacher_hash.lower()
     if weights is None:
         return f"random, seed {recipe.run.seed}"
     if weights.sha256 is not None:
-        return weights.sha256
+        return weights.sha256.lower()
     if not Path(weights.checkpoint).exists():
         raise InputError(
             f"teacher {weights.checkpoint}: no such file; to train from its cache without it, "

@@ -102,7 +102,7 @@ class ShardWriter:
                     f"field {field.name}: expected {field.dtype} {list(field.shape)}, got "
                     f"{value.dtype} {list(value.shape)}"
                 )
-            parts.append(value.data.cast("B"))
+            parts.append(value.reshape(-1).view(np.uint8).data)
         text = json.dumps(info, separators=(",", ":")).encode()
         size = sum(len(part) for part in parts) + len(text)
         parts.append(text + b" " * (-size % ALIGN_BYTES))
@@ -136,25 +136,17 @@ class ShardWriter:
             "xxh3": np.array(self._checksums, np.uint64),
         }
         digest = _index_checksum(self._metadata, arrays)
-        header, position = {"__metadata__": {**self._metadata, "index_xxh3": digest}}, 0
-        for name, dtype, count in (
-            ("records", "U8", self._offsets[-1]),
-            *((name, dtype, len(arrays[name])) for name, dtype in INDEX),
-        ):
-            end = position + count * np.dtype(NUMPY[dtype]).itemsize
-            header[name] = {"dtype": dtype, "shape": [count], "data_offsets": [position, end]}
-            position = end
-        text = json.dumps(header, separators=(",", ":")).encode()
+        text = _header(self._metadata, arrays)
         if len(text) > self._header_bytes:
             raise RuntimeError(f"{self._path}: the header outgrew its {self._header_bytes} bytes")
         for name, _ in INDEX:
-            self._file.write(arrays[name].data.cast("B"))
+            self._file.write(arrays[name].tobytes())
         self._file.seek(0)
         self._file.write(struct.pack("<Q", self._header_bytes))
         self._file.write(text.ljust(self._header_bytes))
         self._file.flush()
         os.fsync(self._file.fileno())
-        size_bytes = 8 + self._header_bytes + position
+        size_bytes = os.fstat(self._file.fileno()).st_size
         self._file.close()
         os.rename(self._path, self.folder / f"shard-{digest}.safetensors")
         sync_folder(self.folder)
@@ -191,9 +183,10 @@ def read_shard_index(path: Path) -> ShardIndex:
             size_bytes = os.fstat(file.fileno()).st_size
             if not 2 <= header_bytes <= size_bytes - 8:
                 raise ValueError("a header of another length")
-            header = json.loads(file.read(header_bytes))
+            text = file.read(header_bytes)
+            header = json.loads(text)
             start = 8 + header_bytes
-            if start + max(header[name]["data_offsets"][1] for name, _ in INDEX) != size_bytes:
+            if start + header[INDEX[-1][0]]["data_offsets"][1] != size_bytes:
                 raise ValueError("a file of another length")
             arrays = {}
             for name, dtype in INDEX:
@@ -201,14 +194,14 @@ def read_shard_index(path: Path) -> ShardIndex:
                 file.seek(start + begin)
                 arrays[name] = np.frombuffer(file.read(end - begin), NUMPY[dtype])
         metadata = header["__metadata__"]
-        expected = metadata.pop("index_xxh3")
-        if _index_checksum(metadata, arrays) != expected:
-            raise ValueError("an index of another checksum")
+        del metadata["index_xxh3"]  # written again by what it should say
+        if _header(metadata, arrays).ljust(header_bytes) != text:
+            raise ValueError("a header or index of another checksum")
         fields = tuple(
             Field(name, dtype, tuple(shape))
             for name, dtype, shape in json.loads(metadata["fields"])
         )
-        starts = start + header["records"]["data_offsets"][0] + arrays["offsets"]
+        starts = start + arrays["offsets"]  # the records are the first tensor
         return ShardIndex(
             path=path,
             fields=fields,
@@ -219,7 +212,7 @@ def read_shard_index(path: Path) -> ShardIndex:
             views=arrays["views"],
             xxh3=arrays["xxh3"],
         )
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error, IndexError) as error:
         raise StateError(
             f"{path}: damaged shard ({error}); delete it and run 'distill cache-teacher' again to "
             "make its records anew"
@@ -318,8 +311,21 @@ def _is_running(process: int) -> bool:
     return True
 
 
+def _header(metadata: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> bytes:
+    """The safetensors header of records and their index, without the padding behind it."""
+    digest = _index_checksum(metadata, arrays)
+    header, position = {"__metadata__": {**metadata, "index_xxh3": digest}}, 0
+    sizes = [("records", "U8", int(arrays["offsets"][-1]))]
+    sizes += [(name, dtype, len(arrays[name])) for name, dtype in INDEX]
+    for name, dtype, count in sizes:
+        end = position + count * np.dtype(NUMPY[dtype]).itemsize
+        header[name] = {"dtype": dtype, "shape": [count], "data_offsets": [position, end]}
+        position = end
+    return json.dumps(header, separators=(",", ":")).encode()
+
+
 def _index_checksum(metadata: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> str:
-    checksum = xxhash.xxh3_64(canonical(dict(metadata)))
+    checksum = xxhash.xxh3_64(canonical(dict(metadata)).encode())
     for name, _ in INDEX:
         checksum.update(arrays[name].tobytes())
     return checksum.hexdigest()

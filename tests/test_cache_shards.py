@@ -1,0 +1,302 @@
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import xxhash
+from safetensors import safe_open
+
+from distill.cache.identity import require_identity
+from distill.cache.index import load_index
+from distill.cache.shards import (
+    Field,
+    ShardReader,
+    ShardWriter,
+    read_shard_index,
+    remove_leftovers,
+    shard_paths,
+)
+from distill.errors import StateError
+
+FIELDS = (
+    Field("tokens", "int16", (5,)),
+    Field("codes", "float16", (2, 6, 7)),
+    Field("attention", "float32", (9,)),
+)
+IDENTITY = {"objective.mask.ratio": 0.8, "data.views.frames": 8}
+
+
+def values(clip_id, view):
+    stream = np.random.default_rng([clip_id % 2**64, view])
+    return {
+        "tokens": stream.integers(0, 2048, 5).astype(np.int16),
+        "codes": stream.standard_normal((2, 6, 7)).astype(np.float16),
+        "attention": stream.random(9).astype(np.float32),
+    }
+
+
+def info(clip_id, view):
+    return {"name": f"a/{clip_id} ü.mp4", "view": view, "pts_seconds": [0.1, 1 / 3]}
+
+
+def write(folder, keys, **settings):
+    settings = {"shard_bytes": 2**30, "shard_seconds": 3600.0, **settings}
+    with ShardWriter(folder, fields=FIELDS, identity=IDENTITY, **settings) as writer:
+        for clip_id, view in keys:
+            writer.add(clip_id, view, values(clip_id, view), info(clip_id, view))
+            writer.commit_if_full()
+    return writer
+
+
+def read(index, row):
+    arrays = {field.name: np.empty(field.shape, field.dtype) for field in FIELDS}
+    text = bytearray(int(index.sizes[row]) - sum(field.size_bytes for field in FIELDS))
+    with ShardReader(index.shards[index.shard[row]]) as shard:
+        shard.read(
+            [*arrays.values(), text],
+            start=int(index.starts[row]),
+            xxh3=int(index.xxh3[row]),
+            record="the record",
+        )
+    return arrays, json.loads(bytes(text))
+
+
+def test_records_come_back_as_they_were_written(tmp_path):
+    keys = [(7, 0), (-(2**62), 0), (3, 1), (7, 1)]
+    write(tmp_path, keys)
+    index = load_index(tmp_path, IDENTITY)
+    assert list(zip(index.clip_ids, index.views, strict=True)) == [
+        (-(2**62), 0),
+        (7, 0),
+        (3, 1),
+        (7, 1),
+    ]
+    for row, (clip_id, view) in enumerate(zip(index.clip_ids, index.views, strict=True)):
+        arrays, found = read(index, row)
+        for name, value in values(int(clip_id), int(view)).items():
+            np.testing.assert_array_equal(arrays[name], value)
+        assert found == info(int(clip_id), int(view))
+
+
+def test_a_shard_is_a_safetensors_file_that_describes_itself(tmp_path):
+    write(tmp_path, [(7, 0), (8, 0)])
+    (path,) = shard_paths(tmp_path)
+    with safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert {name: str(value.dtype) for name, value in tensors.items()} == {
+        "records": "uint8",
+        "offsets": "int64",
+        "clip_ids": "int64",
+        "views": "int64",
+        "xxh3": "uint64",
+    }
+    assert json.loads(metadata["identity"]) == IDENTITY
+    assert json.loads(metadata["fields"])[1] == ["codes", "float16", [2, 6, 7]]
+    first, second, end = tensors["offsets"]
+    record = tensors["records"][second:end].tobytes()
+    assert record.startswith(b"".join(value.tobytes() for value in values(8, 0).values()))
+    assert xxhash.xxh3_64_intdigest(record) == tensors["xxh3"][1]
+    assert (first, second % 64, end) == (0, 0, len(tensors["records"]))
+
+
+def test_find_tells_rows_and_missing_records(tmp_path):
+    write(tmp_path, [(5, 0), (9, 0), (5, 2)])
+    index = load_index(tmp_path, IDENTITY)
+    clips = np.array([9, 4, 5, 10])
+    assert index.find(clips, 0).tolist() == [1, -1, 0, -1]
+    assert index.find(clips, 1).tolist() == [-1, -1, -1, -1]
+    assert index.find(clips, 2).tolist() == [-1, -1, 2, -1]
+    assert load_index(tmp_path / "none", IDENTITY).find(clips, 0).tolist() == [-1] * 4
+
+
+def test_shards_close_when_full(tmp_path):
+    writer = write(tmp_path, [(clip, 0) for clip in range(10)], shard_bytes=700)
+    sizes = [len(read_shard_index(path).clip_ids) for path in shard_paths(tmp_path)]
+    record_bytes = int(load_index(tmp_path, IDENTITY).sizes[0])
+    assert record_bytes == 320
+    assert sorted(sizes) == [1, 3, 3, 3]
+    assert writer.committed_shards == 4
+    assert writer.committed_bytes == sum(path.stat().st_size for path in shard_paths(tmp_path))
+
+
+def test_shards_close_when_old(tmp_path):
+    write(tmp_path, [(clip, 0) for clip in range(3)], shard_seconds=0.0)
+    assert len(shard_paths(tmp_path)) == 3
+
+
+def test_of_records_that_are_there_twice_one_counts(tmp_path):
+    write(tmp_path, [(1, 0), (2, 0)])
+    write(tmp_path, [(2, 0), (3, 0)])
+    index = load_index(tmp_path, IDENTITY)
+    assert len(shard_paths(tmp_path)) == 2
+    assert index.clip_ids.tolist() == [1, 2, 3]
+
+
+def test_an_error_keeps_the_whole_records_before_it(tmp_path):
+    settings = {"fields": FIELDS, "identity": IDENTITY, "shard_bytes": 1, "shard_seconds": 1.0}
+    with pytest.raises(StateError), ShardWriter(tmp_path, **settings) as writer:
+        writer.add(1, 0, values(1, 0), {})
+        raise StateError("the teacher went away")
+    assert load_index(tmp_path, IDENTITY).clip_ids.tolist() == [1]
+
+
+def test_an_error_of_the_disk_leaves_nothing_half_written(tmp_path):
+    settings = {"fields": FIELDS, "identity": IDENTITY, "shard_bytes": 1, "shard_seconds": 1.0}
+    with pytest.raises(OSError), ShardWriter(tmp_path, **settings) as writer:
+        writer.add(1, 0, values(1, 0), {})
+        raise OSError("no space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fields_of_another_shape_are_refused(tmp_path):
+    settings = {"fields": FIELDS, "identity": IDENTITY, "shard_bytes": 1, "shard_seconds": 1.0}
+    wrong = {**values(1, 0), "tokens": np.zeros(6, np.int16)}
+    with ShardWriter(tmp_path, **settings) as writer:
+        with pytest.raises(ValueError, match=r"field tokens: expected int16 \[5\], got int16 \[6"):
+            writer.add(1, 0, wrong, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+WRITER = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+from test_cache_shards import FIELDS, IDENTITY, info, values
+from distill.cache.shards import ShardWriter
+
+writer = ShardWriter(
+    Path(sys.argv[1]), fields=FIELDS, identity=IDENTITY, shard_bytes=2000, shard_seconds=99.0
+)
+for clip in range(10**9):
+    writer.add(clip, 0, values(clip, 0), info(clip, 0))
+    writer.commit_if_full()
+    sys.stdout.write("x")
+    sys.stdout.flush()
+"""
+
+
+def test_a_killed_writer_leaves_whole_shards_and_one_leftover(tmp_path):
+    """Real processes, killed after numbers of records that hit shards at every stage."""
+    script, folder = tmp_path / "writer.py", tmp_path / "cache"
+    script.write_text(WRITER)
+    for kill_after in (1, 6, 7, 15, 31):
+        round_folder = folder / str(kill_after)
+        round_folder.mkdir(parents=True)
+        process = subprocess.Popen(
+            [sys.executable, script, round_folder, os.path.dirname(__file__)],
+            stdout=subprocess.PIPE,
+        )
+        written = len(process.stdout.read(kill_after))
+        process.send_signal(signal.SIGKILL)
+        written += len(process.stdout.read())
+        process.wait()
+        process.stdout.close()
+
+        index = load_index(round_folder, IDENTITY)
+        assert index.clip_ids.tolist() == list(range(len(index)))
+        assert 0 <= written + 1 - len(index) <= 8, "at most the open shard is lost"
+        for row in range(len(index)):
+            arrays, found = read(index, row)
+            np.testing.assert_array_equal(arrays["codes"], values(row, 0)["codes"])
+            assert found == info(row, 0)
+        leftovers = [path for path in round_folder.iterdir() if path.name.startswith("open-")]
+        assert len(leftovers) <= 1
+        assert remove_leftovers(round_folder) == len(leftovers)
+        assert len(list(round_folder.iterdir())) == len(index.shards)
+
+
+def test_leftovers_of_others_stay(tmp_path):
+    host = socket.gethostname()
+    alive = tmp_path / f"open-{host}-{os.getppid()}-1"
+    elsewhere = tmp_path / "open-another-machine-1-1"
+    for path in (alive, elsewhere):
+        path.touch()
+    assert remove_leftovers(tmp_path) == 0
+    assert alive.exists() and elsewhere.exists()
+
+
+def test_a_flipped_byte_anywhere_is_noticed(tmp_path):
+    write(tmp_path, [(1, 0), (2, 0)])
+    (path,) = shard_paths(tmp_path)
+    sound = path.read_bytes()
+    silent = []
+    for place in range(len(sound)):
+        damaged = bytearray(sound)
+        damaged[place] ^= 0x10
+        path.write_bytes(damaged)
+        try:
+            index = load_index(tmp_path, IDENTITY)
+            for row in range(len(index)):
+                read(index, row)
+            silent.append(place)
+        except StateError as error:
+            assert str(path) in str(error) or "cache" in str(error)
+            assert "\n" not in str(error)
+    assert silent == []
+
+
+def test_a_truncated_shard_is_refused_in_one_line(tmp_path):
+    write(tmp_path, [(1, 0), (2, 0)])
+    (path,) = shard_paths(tmp_path)
+    os.truncate(path, path.stat().st_size - 1)
+    message = (
+        f"{path}: damaged shard (a file of another length); delete it and run "
+        "'distill cache-teacher' again to make its records anew"
+    )
+    with pytest.raises(StateError, match=re.escape(message)):
+        load_index(tmp_path, IDENTITY)
+    os.truncate(path, 3)
+    with pytest.raises(StateError, match="damaged shard"):
+        load_index(tmp_path, IDENTITY)
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    write(tmp_path, [(1, 0), (2, 3)])
+    index = load_index(tmp_path, IDENTITY)
+    row = int(index.find(np.array([2]), 3)[0])
+    (path,) = shard_paths(tmp_path)
+    with open(path, "r+b") as file:
+        file.seek(int(index.starts[row]) + 20)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    read(index, 1 - row)
+    message = (
+        f"{path}: the record is damaged (its checksum differs); delete the shard and run "
+        "'distill cache-teacher' again to make its records anew"
+    )
+    with pytest.raises(StateError, match=re.escape(message)):
+        read(index, row)
+
+
+def test_a_lost_shard_is_one_line(tmp_path):
+    write(tmp_path, [(1, 0)])
+    index = load_index(tmp_path, IDENTITY)
+    index.shards[0].unlink()
+    with pytest.raises(StateError, match="cannot be read .No such file or directory.; run"):
+        read(index, 0)
+
+
+def test_another_identity_is_refused_by_field_both_values_and_what_to_do(tmp_path):
+    write(tmp_path, [(1, 0)])
+    message = (
+        f"cache {tmp_path}: holds data.views.frames 8, the recipe asks for 16; set "
+        "data.views.frames=8, or set objective.cache.folder to a new folder and run "
+        "'distill cache-teacher'"
+    )
+    with pytest.raises(StateError, match=f"^{re.escape(message)}$"):
+        load_index(tmp_path, {**IDENTITY, "data.views.frames": 16})
+
+
+def test_a_field_that_only_one_side_knows_is_a_difference():
+    require_identity({"a": 1, "b": None}, {"a": 1, "b": None}, where="cache c")
+    with pytest.raises(StateError, match="cache c: holds b 2, the recipe asks for none; set obj"):
+        require_identity({"a": 1, "b": 2}, {"a": 1}, where="cache c")
+    with pytest.raises(StateError, match="cache c: holds b none, the recipe asks for 2"):
+        require_identity({"a": 1}, {"a": 1, "b": 2}, where="cache c")

@@ -1,0 +1,236 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fill import clip, fill, visible_mask
+from torch.testing import assert_close
+
+from distill import draw
+from distill.objective import ClassifyObjective, DistillObjective, draw_keep
+from distill.recipe import Classify, Distill
+from distill.students import create_classifier, create_student
+from distill.students.vit import ViTSize, patchify, take_rows, visible_tokens
+
+GOLDEN = Path(__file__).parent / "golden"
+TINY = ViTSize(96, 4, 3, pooled_width=48)
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+TEACHER = {"size": "1B", "random": True}
+
+
+def student(**settings):
+    return create_student(
+        TINY,
+        frames=4,
+        image_size=56,
+        teacher_width=176,
+        teacher_pooled=48,
+        num_layers=3,
+        **{"activation": "gelu", **settings},
+    )
+
+
+def section(**settings):
+    return Distill(kind="distill", teacher=TEACHER, **settings)
+
+
+def golden_batch():
+    golden = np.load(GOLDEN / "tiny_distill.npz")
+    mask = visible_mask(2, 64, 13)
+    tokens = visible_tokens(mask)
+    rows = ~mask
+    middle = torch.from_numpy(golden["teacher_middle"])[:, rows].reshape(3, 2, 14, 176)
+    return golden, {
+        "clip_id": torch.tensor([1, 2]),
+        "epoch": 0,
+        "patches": take_rows(patchify(clip(2, 4, 56)), tokens),
+        "tokens": tokens,
+        "middle": middle,
+        "pooled": torch.from_numpy(golden["teacher_final"]),
+    }
+
+
+def random_batch(count):
+    stream = torch.Generator().manual_seed(0)
+    unit = torch.nn.functional.normalize
+    return {
+        "clip_id": torch.tensor([draw.key("clip", index) for index in range(count)]),
+        "epoch": 3,
+        "patches": torch.randint(0, 256, (count, 13, 588), dtype=torch.uint8, generator=stream),
+        "tokens": torch.rand(count, 64, generator=stream).argsort(1)[:, :13].sort(1).values,
+        "middle": unit(torch.randn(3, count, 14, 176, generator=stream), dim=-1),
+        "pooled": unit(torch.randn(count, 48, generator=stream), dim=-1),
+    }
+
+
+def test_losses_and_gradients_are_the_reference_implementations():
+    model = fill(student())
+    golden, batch = golden_batch()
+    losses = DistillObjective(model, section(), seed=0)(batch)
+    assert_close(losses["middle"].double(), torch.tensor(golden["loss_middle"]), **TOLERANCE)
+    assert_close(losses["pooled"].double(), torch.tensor(golden["loss_final"]), **TOLERANCE)
+    assert_close(losses["loss"].detach(), losses["middle"] + losses["pooled"])
+    losses["loss"].backward()
+    for name, parameter in {
+        "grad_qkv0": model.blocks[0].attn.qkv.weight,
+        "grad_qnorm3": model.blocks[3].attn.q_norm.weight,
+        "grad_patch": model.patch_embed.proj.weight,
+        "grad_decoder0": model.clip_decoder[0].head[0].weight,
+        "grad_ls": model.blocks[2].ls2.gamma,
+    }.items():
+        assert_close(parameter.grad, torch.from_numpy(golden[name]), msg=name, **TOLERANCE)
+
+
+def test_layers_are_named_by_ascending_depth_and_average_to_middle():
+    model = fill(student())
+    _, batch = golden_batch()
+    losses = DistillObjective(model, section(), seed=0)(batch)
+    layers = [losses[f"layer_{index:02d}"] for index in range(3)]
+    assert set(losses) == {"loss", "middle", "pooled", "layer_00", "layer_01", "layer_02"}
+    assert_close(torch.stack(layers).mean(), losses["middle"])
+    middle, _ = model(patches=batch["patches"], tokens=batch["tokens"])
+    for index, layer in enumerate(layers):
+        expected = 2 - 2 * (middle[index] * batch["middle"][index]).sum(-1).mean()
+        assert_close(layer, expected.detach(), **TOLERANCE)
+
+
+def test_loss_weights_scale_the_two_parts():
+    model = fill(student())
+    _, batch = golden_batch()
+    plain = DistillObjective(model, section(), seed=0)(batch)
+    losses = DistillObjective(model, section(loss_weights=(0.5, 3.0)), seed=0)(batch)
+    assert_close(losses["loss"].detach(), 0.5 * plain["middle"] + 3 * plain["pooled"])
+    only_middle = DistillObjective(model, section(loss_weights=(1.0, 0.0)), seed=0)(batch)
+    assert only_middle["pooled"].item() == 0.0
+    assert_close(only_middle["loss"].detach(), plain["middle"])
+
+
+def test_a_student_without_pooled_projector_has_no_pooled_loss():
+    model = student(activation="gelu_tanh")
+    model.final_clip_decoder = torch.nn.Identity()
+    losses = DistillObjective(model, section(), seed=0)(random_batch(2))
+    assert losses["pooled"].item() == 0.0
+    assert_close(losses["loss"], losses["middle"], check_device=False)
+
+
+def test_drop_path_depends_on_seed_epoch_and_clip_but_not_on_the_batch():
+    model = student(drop_path=0.5)
+    fill(model)
+    model.train()
+    objective = DistillObjective(model, section(), seed=5)
+    batch = random_batch(6)
+
+    def losses_alone(batch):
+        rows = []
+        for row in range(6):
+            one = {
+                name: value[:, row : row + 1] if name == "middle" else value[row : row + 1]
+                for name, value in batch.items()
+                if name != "epoch"
+            }
+            rows.append(objective({**one, "epoch": batch["epoch"]})["loss"].detach())
+        return torch.stack(rows)
+
+    alone = losses_alone(batch)
+    together = objective(batch)["loss"].detach()
+    assert_close(alone.mean(), together, **TOLERANCE)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    shuffled = {
+        name: value[:, order] if name == "middle" else value[order]
+        for name, value in batch.items()
+        if name != "epoch"
+    }
+    assert_close(losses_alone({**shuffled, "epoch": 3}), alone[order], rtol=0, atol=0)
+
+    other_epoch = losses_alone({**batch, "epoch": 4})
+    objective.seed = 6
+    other_seed = losses_alone(batch)
+    assert float((other_epoch - alone).abs().max()) > 1e-3
+    assert float((other_seed - alone).abs().max()) > 1e-3
+
+
+def test_drop_path_drops_at_its_rate_and_only_in_training():
+    model = student(drop_path=0.3)
+    clip_ids = torch.tensor([draw.key("clip", index) for index in range(20_000)])
+    keep = draw_keep(model, clip_ids, seed=0, epoch=0)
+    assert keep.shape == (8, 20_000)
+    rates = torch.tensor([0.0, 0.0, 0.1, 0.1, 0.2, 0.2, 0.3, 0.3])
+    assert_close((keep == 0).float().mean(dim=1), rates, rtol=0, atol=0.015)
+    assert_close(keep.mean(dim=1), torch.ones(8), rtol=0, atol=0.03)
+    branches = (keep[6] == 0) == (keep[7] == 0)
+    assert_close(branches.float().mean().item(), 0.58, rtol=0, atol=0.015)  # independent
+    model.eval()
+    assert draw_keep(model, clip_ids, seed=0, epoch=0) is None
+
+
+def classifier(**settings):
+    return create_classifier(TINY, num_classes=7, frames=4, image_size=56, **settings)
+
+
+def classify_batch():
+    stream = torch.Generator().manual_seed(1)
+    return {
+        "clip_id": torch.tensor([5, 6, 7]),
+        "epoch": 0,
+        "pixels": torch.randint(0, 256, (3, 3, 4, 56, 56), dtype=torch.uint8, generator=stream),
+        "label": torch.tensor([0, 6, 2]),
+    }
+
+
+def test_cross_entropy_is_smoothed_as_the_formula():
+    model, batch = fill(classifier()), classify_batch()
+    objective = ClassifyObjective(
+        model, Classify(kind="classify", num_classes=7, label_smoothing=0.1), seed=0
+    )
+    losses = objective(batch)
+    logits = model(batch["pixels"]).detach().double()
+    aims = torch.full((3, 7), 0.1 / 7, dtype=torch.float64)
+    aims[[0, 1, 2], batch["label"]] += 0.9
+    expected = -(aims * (logits - logits.exp().sum(1, keepdim=True).log())).sum(1).mean()
+    assert_close(losses["loss"].detach().double(), expected, rtol=1e-5, atol=1e-6)
+    hits = sum(int(row.argmax() == label) for row, label in zip(logits, batch["label"]))
+    assert_close(losses["top1"].item(), hits / 3)
+    losses["loss"].backward()
+    found = model.head.bias.grad.double()
+    assert_close(found, (logits.softmax(1) - aims).mean(0), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("trainable", "prefixes"),
+    [
+        ("all", {"cls_token", "pos_embed", "patch_embed", "blocks"} | {"clip_projector"}),
+        ("pool", {"clip_projector"}),
+        ("head", set()),
+    ],
+)
+def test_only_what_the_recipe_trains_gets_gradients(trainable, prefixes):
+    model = classifier()
+    objective = ClassifyObjective(
+        model, Classify(kind="classify", num_classes=7, trainable=trainable), seed=0
+    )
+    objective(classify_batch())["loss"].backward()
+    trained = {
+        name.split(".")[0] for name, value in model.named_parameters() if value.grad is not None
+    }
+    assert trained == prefixes | {"fc_norm", "head"}
+
+
+def test_published_probe_trains_as_many_parameters_as_upstream():
+    with torch.device("meta"):
+        model = create_classifier("1B", num_classes=400)
+    ClassifyObjective(
+        model, Classify(kind="classify", num_classes=400, trainable="pool"), seed=0
+    )
+    trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    assert trained == 7_042_176 + 309_136
+
+
+def test_classifiers_drop_path_is_drawn_from_the_clips():
+    model = fill(classifier(drop_path=0.5))
+    model.train()
+    objective = ClassifyObjective(model, Classify(kind="classify", num_classes=7), seed=0)
+    batch = classify_batch()
+    first = objective(batch)["loss"].item()
+    torch.manual_seed(123)
+    assert objective(batch)["loss"].item() == first
+    assert abs(objective({**batch, "epoch": 1})["loss"].item() - first) > 1e-4
