@@ -27,6 +27,8 @@ class Size(Section):
     heads: PositiveInt
     mlp_ratio: Positive = 4.0
     pooled_width: PositiveInt = 768
+    init_std: Positive = 0.02
+    layer_scale: Positive = 1e-5
 
 
 def vit_size(size: str | Size) -> str | ViTSize:

@@ -27,13 +27,19 @@ Positions = Literal["joint", "separable"]
 
 @dataclass(frozen=True)
 class ViTSize:
-    """Width, depth and heads of a transformer; `pooled_width` is what its attention pool emits."""
+    """Width, depth and heads of a transformer; `pooled_width` is what its attention pool emits.
+
+    `init_std` and `layer_scale` are the initial spread of linear weights and gain of branches.
+    The published sizes keep upstream's; a narrow model trained for minutes wants both larger.
+    """
 
     width: int
     depth: int
     heads: int
     mlp_ratio: float = 4.0
     pooled_width: int = 768
+    init_std: float = 0.02
+    layer_scale: float = 1e-5
 
     def __post_init__(self) -> None:
         if self.width % 16 or self.width % self.heads:
@@ -131,7 +137,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        full = self.q_norm.weight.dtype  # under autocast q and k are narrower than the gains
+        q, k = self.q_norm(q.to(full)).to(v.dtype), self.k_norm(k.to(full)).to(v.dtype)
         q, k, v = (rearrange(z, "b m (h d) -> b h m d", h=self.heads) for z in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(rearrange(out, "b h m d -> b m (h d)"))
@@ -168,11 +175,11 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = nn.RMSNorm(size.width, eps=1e-6)
         self.attn = Attention(size.width, heads=size.heads)
-        self.ls1 = LayerScale(size.width)
+        self.ls1 = LayerScale(size.width, init=size.layer_scale)
         self.norm2 = nn.RMSNorm(size.width, eps=1e-6)
         hidden = int(size.width * size.mlp_ratio)
         self.mlp = MLP(size.width, hidden=hidden, activation=activation)
-        self.ls2 = LayerScale(size.width)
+        self.ls2 = LayerScale(size.width, init=size.layer_scale)
 
     def forward(self, h: Tensor, keep: Tensor | None = None) -> Tensor:
         attn, mlp = (None, None) if keep is None else keep.to(h.dtype)[:, :, None, None]
@@ -290,7 +297,7 @@ class VideoViT(nn.Module):
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02, a=-2, b=2)
+                nn.init.trunc_normal_(module.weight, std=self.size.init_std, a=-2, b=2)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.cls_token, std=0.02, a=-2, b=2)
