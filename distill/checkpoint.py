@@ -182,7 +182,7 @@ def _read_state(folder: Path) -> dict:
 
 
 def _hash_record(record: dict) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(record, sort_keys=True))
+    return xxhash.xxh3_128_hexdigest(json.dumps(record, sort_keys=True).encode())
 
 
 def _hash_file(path: Path) -> str:

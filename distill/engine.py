@@ -212,6 +212,6 @@ class NonFiniteError(StateError):
     def __init__(self, step: int, clip_ids: list[int], *, loss: float, norm: float) -> None:
         self.step, self.clip_ids = step, clip_ids
         super().__init__(
-            f"step {step}: loss {loss:g}, gradient norm {norm:g} on clips {clip_ids}; "
+            f"step {step}: loss {loss:g}, gradient norm {norm:g}; "
             "stopped before the weights changed"
         )

@@ -123,6 +123,7 @@ def progress(title: str, *, total: int, unit: str, done: int = 0) -> Iterator[Ba
         yield Bar(display, task)
     finally:
         _live.pop()
+        display.refresh()
         if _live:
             display.remove_task(task)
         else:
