@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from distill.recipe import ClipList, Distill, Recipe, Run, Section, Weights, vit_size
 from distill.students.vit import PATCH, ViTSize, resolve_size
+from distill.teachers import return_layers
 
 Keys = tuple[str, ...]
 Origins = dict[Keys, str]  # what a message about the value at these keys starts with
@@ -182,9 +183,8 @@ def _contradictions(recipe: Recipe, earlier: Collection[str] | None) -> Iterator
             yield keys, str(error)
     if isinstance(recipe.objective, Distill):
         yield from _distill_errors(recipe.objective, **sizes)
-    elif getattr(recipe.data, recipe.evaluate.split) is None:
-        split = recipe.evaluate.split
-        yield ("evaluate", "split"), f"is {split!r}, but data.{split} is missing"
+        if model.tubelet != 1:
+            yield ("model", "tubelet"), "must be 1, as a teacher's targets are a patch each"
 
 
 def _distill_errors(
@@ -196,12 +196,11 @@ def _distill_errors(
             ("objective", "teacher", "layers"),
             f"is {teacher.layers}, but the student has {model.depth} blocks",
         )
-    if objective and int((teacher.layers - 1) * teacher.interval) >= objective.depth:
-        yield (
-            ("objective", "teacher", "interval"),
-            f"{teacher.layers} layers {teacher.interval} apart reach below the first of the "
-            f"teacher's {objective.depth} blocks",
-        )
+    if objective:
+        try:
+            return_layers(objective.depth, teacher.layers, teacher.interval)
+        except ValueError as error:
+            yield ("objective", "teacher", "interval"), str(error)
     if section.targets == "cached" and cache is None:
         yield (
             ("objective", "cache"),

@@ -268,6 +268,8 @@ def _set(tree: dict[str, Any], origins: Origins, keys: Keys, value: Any, text: s
         tree[key] = dict(tree[key])  # stages share their sections until one is changed
         tree = tree[key]
     tree[keys[-1]] = copy.deepcopy(value)
+    for below in [other for other in origins if other[: len(keys)] == keys]:
+        del origins[below]
     for depth in range(1, len(keys)):
         origins.setdefault(keys[:depth], text)
     origins[keys] = text

@@ -1,0 +1,245 @@
+"""What a recipe will take, worked out before anything runs."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from distill.cost import (
+    PARAMETER_BYTES,
+    StepCost,
+    activation_bytes,
+    count_parameters,
+    forward_macs,
+    num_tokens,
+    record_bytes,
+    student_cost,
+    teacher_bytes,
+    teacher_parameters,
+)
+from distill.data.index import read_list
+from distill.errors import InputError
+from distill.models import build_model
+from distill.optim import make_schedule
+from distill.recipe import Distill, Recipe, Size, vit_size
+from distill.students.vit import resolve_size
+
+SUSTAINED_TFLOPS = 400.0  # a guess for one H100 in half precision, about 40 % of its peak
+
+
+@dataclass(frozen=True)
+class TeacherPlan:
+    """What the teacher adds; `step_tflop_all_embedded` is the student's step as published."""
+
+    size: str
+    parameters: int
+    forward_tflop: float
+    step_tflop_all_embedded: float
+    live_hours: float
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What the cache takes; after `break_even_epoch` epochs it has cost less than live targets."""
+
+    views: int
+    record_bytes: dict[str, int]
+    view_bytes: int
+    total_bytes: int
+    build_memory_gb: float
+    build_hours: float
+    break_even_epoch: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe in numbers."""
+
+    name: str
+    clips: int
+    batch_size: int
+    micro_batch: int
+    epochs: int
+    steps_per_epoch: int
+    last_batch: int
+    steps: int
+    warmup_steps: int
+    peak_lr: float
+    floor_lr: float
+    size: str
+    parameters: int
+    tokens: int
+    forward_tflop: float
+    step_tflop: float
+    memory_gb: float
+    hours: float
+    sustained_tflops: float
+    teacher: TeacherPlan | None = None
+    cache: CachePlan | None = None
+
+
+def make_plan(recipe: Recipe, *, sustained_tflops: float = SUSTAINED_TFLOPS) -> Plan:
+    """Work a recipe out; its clips are counted in the list, or taken from `num_clips`.
+
+    Hours are FLOPs over `sustained_tflops` of one device. Raises InputError when nothing tells
+    the number of clips.
+    """
+    optim, section = recipe.optim, recipe.objective
+    clips = count_clips(recipe)
+    steps_per_epoch = math.ceil(clips / optim.batch_size)
+    schedule = make_schedule(optim, steps_per_epoch=steps_per_epoch)
+    cost = student_cost(recipe)
+    parameters = count_parameters(partial(build_model, recipe))
+    micro_batch = min(optim.micro_batch or optim.batch_size, optim.batch_size)
+    memory = parameters * PARAMETER_BYTES + micro_batch * activation_bytes(recipe)
+    teacher = cache = None
+    if isinstance(section, Distill):
+        teacher = _plan_teacher(recipe, clips, cost, sustained_tflops)
+        if section.targets == "live":
+            memory += teacher_bytes(recipe, batch_size=micro_batch)
+        else:
+            cache = _plan_cache(recipe, clips, teacher, sustained_tflops)
+    return Plan(
+        name=recipe.name,
+        clips=clips,
+        batch_size=optim.batch_size,
+        micro_batch=micro_batch,
+        epochs=optim.epochs,
+        steps_per_epoch=steps_per_epoch,
+        last_batch=clips - (steps_per_epoch - 1) * optim.batch_size,
+        steps=schedule.num_steps,
+        warmup_steps=schedule.warmup_steps,
+        peak_lr=schedule.peak,
+        floor_lr=schedule.floor,
+        size=_size_name(recipe.model.size),
+        parameters=parameters,
+        tokens=num_tokens(recipe)[1] + 1,
+        forward_tflop=cost.forward,
+        step_tflop=cost.step,
+        memory_gb=memory / 1e9,
+        hours=_hours(optim.epochs * clips * cost.step, sustained_tflops),
+        sustained_tflops=sustained_tflops,
+        teacher=teacher,
+        cache=cache,
+    )
+
+
+def _plan_teacher(
+    recipe: Recipe, clips: int, cost: StepCost, sustained_tflops: float
+) -> TeacherPlan:
+    size = resolve_size(vit_size(recipe.objective.teacher.size))
+    forward_tflop = 2e-12 * forward_macs(size, num_tokens(recipe)[0])
+    live_tflop = recipe.optim.epochs * clips * (forward_tflop + cost.step)
+    return TeacherPlan(
+        size=_size_name(recipe.objective.teacher.size),
+        parameters=teacher_parameters(recipe),
+        forward_tflop=forward_tflop,
+        step_tflop_all_embedded=student_cost(recipe, embed_all=True).step,
+        live_hours=_hours(live_tflop, sustained_tflops),
+    )
+
+
+def _plan_cache(
+    recipe: Recipe, clips: int, teacher: TeacherPlan, sustained_tflops: float
+) -> CachePlan:
+    section = recipe.objective.cache
+    fields = record_bytes(recipe)
+    view_bytes = sum(fields.values())
+    return CachePlan(
+        views=section.views,
+        record_bytes=fields,
+        view_bytes=view_bytes,
+        total_bytes=view_bytes * clips * section.views,
+        build_memory_gb=teacher_bytes(recipe, batch_size=section.batch_size) / 1e9,
+        build_hours=_hours(section.views * clips * teacher.forward_tflop, sustained_tflops),
+        # A stored view costs one teacher pass over the clips, as does an epoch of live targets.
+        break_even_epoch=section.views,
+    )
+
+
+def count_clips(recipe: Recipe) -> int:
+    """Clips in the training list: of the file, of the demo, or as the recipe states them."""
+    section = recipe.data.train
+    if section.list is not None and Path(section.list).is_file():
+        return len(read_list(section, seed=recipe.run.seed))
+    stated = recipe.data.demo.train_clips if recipe.data.demo else section.num_clips
+    if stated is None:
+        raise InputError(
+            f"{recipe.name}: data.train: the number of clips is not known; set "
+            "data.train.list=PATH or data.train.num_clips=N"
+        )
+    return round(stated * section.share)
+
+
+def plan_rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    """The plan as labels and sentences for a table."""
+    yield "clips", f"{plan.clips:,}"
+    pieces = "" if plan.micro_batch == plan.batch_size else f", {plan.micro_batch} at a time"
+    yield "batch", f"{plan.batch_size:,} clips{pieces}"
+    last = (
+        "" if plan.last_batch == plan.batch_size else f", the last one of {plan.last_batch:,} clips"
+    )
+    yield "steps", f"{plan.epochs} epochs of {plan.steps_per_epoch:,} steps{last}: {plan.steps:,}"
+    yield (
+        "learning rate",
+        f"peak {plan.peak_lr:g} after {plan.warmup_steps:,} steps, floor {plan.floor_lr:g}",
+    )
+    yield "model", f"{plan.size}: {plan.parameters:,} parameters, {plan.tokens:,} tokens a clip"
+    step = f"{plan.step_tflop:.4f} TFLOP a clip, of which forward {plan.forward_tflop:.4f}"
+    yield "training step", step
+    teacher, cache = plan.teacher, plan.cache
+    if teacher is not None:
+        share = teacher.forward_tflop / (teacher.forward_tflop + plan.step_tflop)
+        yield (
+            "as published",
+            (
+                f"{teacher.step_tflop_all_embedded:.4f} TFLOP a clip: embeds all patches, then "
+                "drops the masked ones"
+            ),
+        )
+        yield (
+            "teacher",
+            (
+                f"{teacher.size}: {teacher.parameters:,} parameters, "
+                f"{teacher.forward_tflop:.3f} TFLOP a clip, {share:.1%} of a step with live targets"
+            ),
+        )
+    if cache is not None:
+        fields = ", ".join(f"{name} {size:,}" for name, size in cache.record_bytes.items())
+        yield "cached view", f"{cache.view_bytes:,} bytes a clip: {fields}"
+        yield "cache", f"{_size(cache.total_bytes)} for {cache.views} views of every clip"
+        yield "memory, cache", f"about {cache.build_memory_gb:.1f} GB"
+    yield "memory, training", f"about {plan.memory_gb:.1f} GB"
+    yield from _time_rows(plan)
+
+
+def _time_rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    yield "time", f"with one device at a sustained {plan.sustained_tflops:g} TFLOP/s:"
+    if plan.cache is None:
+        yield (
+            "  training",
+            f"{(plan.teacher.live_hours if plan.teacher else plan.hours):,.1f} hours",
+        )
+        return
+    yield "  cache", f"{plan.cache.build_hours:,.1f} hours, once for all students"
+    yield "  training", f"{plan.hours:,.1f} hours"
+    whole = plan.cache.build_hours + plan.hours
+    live = plan.teacher.live_hours
+    yield "  live instead", f"{live:,.1f} hours; with the cache {live / whole:.1f} times faster"
+    yield "break-even", f"after epoch {plan.cache.break_even_epoch} of {plan.epochs}"
+
+
+def _hours(tflop: float, sustained_tflops: float) -> float:
+    return tflop / (sustained_tflops * 3600)
+
+
+def _size(count: int) -> str:
+    unit, name = next(
+        (u, n) for u, n in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1, "bytes")) if count >= u
+    )
+    return f"{count / unit:.2f} {name}"
+
+
+def _size_name(size: str | Size) -> str:
+    return size if isinstance(size, str) else f"{size.width}x{size.depth}"

@@ -1,0 +1,102 @@
+"""Several runs that build on each other, and one table of what came out."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from distill.checkpoint import write_json
+from distill.errors import StateError
+from distill.recipe import Distill, Recipe, Study, Weights
+from distill.recipe_check import STAGE
+from distill.train import train
+
+
+def run_study(study: Study) -> dict[str, Any]:
+    """Run the stages in order, each in a folder below the study's, and write summary.json there.
+
+    Finished stages only give their summary again. Raises what `train` raises, and StateError for
+    a finished stage that began from weights that have been trained anew since.
+    """
+    folder = Path(study.run.folder)
+    summaries: dict[str, dict[str, Any]] = {}
+    renewed: set[str] = set()
+    for name, recipe in study.stages.items():
+        place = Path(recipe.run.folder)
+        is_finished = (place / "summary.json").exists()
+        stale = stages_used(recipe) & renewed
+        if is_finished and stale:
+            raise StateError(
+                f"{place}: began from {folder / min(stale)}, which has been trained anew since; "
+                f"delete {place} to train it again"
+            )
+        if not is_finished:
+            renewed.add(name)
+        summaries[name] = train(resolve_stages(recipe, study), place)
+    summary = {"name": study.name, "rows": table_rows(summaries), "stages": summaries}
+    write_json(folder / "summary.json", summary)
+    return summary
+
+
+def resolve_stages(recipe: Recipe, study: Study) -> Recipe:
+    """The recipe with `stage:NAME` turned into the file which that stage writes."""
+    recipe = _with_weights(recipe, "model", study)
+    if not isinstance(recipe.objective, Distill):
+        return recipe
+    objective = recipe.objective
+    teacher = _with_weights(objective, "teacher", study).teacher
+    return recipe.model_copy(
+        update={"objective": objective.model_copy(update={"teacher": teacher})}
+    )
+
+
+def stages_used(recipe: Recipe) -> set[str]:
+    """Names of the stages whose weights a stage starts from or learns from."""
+    sections = [recipe.model.weights]
+    if isinstance(recipe.objective, Distill):
+        sections.append(recipe.objective.teacher.weights)
+    checkpoints = [weights.checkpoint for weights in sections if weights is not None]
+    return {path.removeprefix(STAGE) for path in checkpoints if path.startswith(STAGE)}
+
+
+def _with_weights(holder: Any, name: str, study: Study) -> Any:
+    section = getattr(holder, name)
+    weights: Weights | None = section.weights
+    if weights is None or not weights.checkpoint.startswith(STAGE):
+        return holder
+    stage = study.stages[weights.checkpoint.removeprefix(STAGE)]
+    path = str(Path(stage.run.folder) / "model.safetensors")
+    weights = weights.model_copy(update={"checkpoint": path})
+    return holder.model_copy(update={name: section.model_copy(update={"weights": weights})})
+
+
+def table_rows(summaries: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each stage that was evaluated: its name, parameters, top-1, top-5 and seconds."""
+    return [
+        {
+            "name": name,
+            "parameters": summary["parameters"],
+            "top1": summary["evaluation"]["top1"],
+            "top5": summary["evaluation"]["top5"],
+            "seconds": summary["train_seconds"] + summary["evaluation"]["seconds"],
+        }
+        for name, summary in summaries.items()
+        if summary["evaluation"]
+    ]
+
+
+def results_table(rows: list[dict[str, Any]], *, title: str) -> Table:
+    """The rows of `table_rows` for the console."""
+    table = Table("", title=title, title_justify="left")
+    for heading in ("parameters", "top-1 %", "top-5 %", "seconds"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            f"{row['parameters']:,}",
+            f"{row['top1']:.2f}",
+            f"{row['top5']:.2f}",
+            f"{row['seconds']:.0f}",
+        )
+    return table
