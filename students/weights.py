@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -113,24 +114,20 @@ def _read_torch(file: Path) -> dict:
                 file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
             )
     except pickle.UnpicklingError as error:
-        reason = _first_line(error, after="WeightsUnpickler error: ")
-        if "Unsupported" in reason:
-            raise WeightsError(
-                f"{file}: refused, it asks to run code ({reason}); save its bare state dict as "
-                "safetensors where you trust it"
-            ) from error
-        raise WeightsError(f"{file}: not a readable torch file ({reason})") from error
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = (
+            f"refused, reading it would run code ({code[1]}); save its bare state dict as "
+            "safetensors where you trust it"
+            if code
+            else "not a readable torch file (damaged, or more than tensors and plain values)"
+        )
+        raise WeightsError(f"{file}: {reason}") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise WeightsError(f"{file}: not a readable torch file ({_first_line(error)})") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WeightsError(f"{file}: not a readable torch file ({reason})") from error
     if not isinstance(content, Mapping):
         raise WeightsError(f"{file}: expected a dict, found {type(content).__name__}")
     for wrapper in WRAPPERS:
         if isinstance(content.get(wrapper), Mapping):
             return dict(content[wrapper])
     return dict(content)
-
-
-def _first_line(error: Exception, *, after: str = "") -> str:
-    text = str(error)
-    text = text[text.find(after) + len(after) :] if after in text else text
-    return (text.strip().splitlines() or [type(error).__name__])[0]
