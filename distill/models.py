@@ -63,29 +63,28 @@ def build_teacher(recipe: schema.Recipe) -> Teacher:
             "objective.teacher.weights: a teacher needs weights; "
             "set objective.teacher.weights.checkpoint=PATH"
         )
-    model = create_teacher(
+    weights = teacher.weights
+    if weights is not None:
+        check_sha256(weights)
+    return create_teacher(
         schema.vit_size(teacher.size),
+        checkpoint=weights and weights.checkpoint,
         frames=views.frames,
         image_size=views.image_size,
         num_layers=teacher.layers,
         interval=teacher.interval,
         activation=teacher.activation,
-        random=True,  # the weights, if any, are loaded below with all of their settings
+        tubelet=recipe.model.tubelet,
+        positions=teacher.positions,
+        random=teacher.random,
+        checkpoint_frames=weights and weights.frames,
+        allow_unused=weights.allow_unused if weights else (),
     )
-    if teacher.weights is not None:
-        load_recipe_weights(model, teacher.weights)
-    return model
 
 
 def load_recipe_weights(model: VideoViT, weights: schema.Weights) -> LoadReport:
     """Load a recipe's `weights` section into a model; raises WeightsError with one line."""
-    if weights.sha256 is not None:
-        found = file_sha256(weights.checkpoint)
-        if found != weights.sha256.lower():
-            raise WeightsError(
-                f"{weights.checkpoint}: sha256 is {found}, the recipe expects {weights.sha256}; "
-                "fetch the file again, or set the recipe's sha256 if you trust this one"
-            )
+    check_sha256(weights)
     return load_weights(
         model,
         weights.checkpoint,
@@ -94,3 +93,14 @@ def load_recipe_weights(model: VideoViT, weights: schema.Weights) -> LoadReport:
         allow_missing=weights.allow_missing,
         allow_unused=weights.allow_unused,
     )
+
+
+def check_sha256(weights: schema.Weights) -> None:
+    """Raise WeightsError when the file is not the one that the recipe names."""
+    if weights.sha256 is not None:
+        found = file_sha256(weights.checkpoint)
+        if found != weights.sha256.lower():
+            raise WeightsError(
+                f"{weights.checkpoint}: sha256 is {found}, the recipe expects {weights.sha256}; "
+                "fetch the file again, or set the recipe's sha256 if you trust this one"
+            )

@@ -66,6 +66,7 @@ class Teacher(Section):
     size: Literal["1B", "6B", "S14", "B14", "L14"] | Size
     weights: Weights | None = None
     random: bool = False
+    positions: Literal["joint", "separable"] = "joint"
     activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     layers: PositiveInt = 6

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.students.vit import Activation, VideoViT, ViTSize, resolve_size
+from distill.students.vit import Activation, Positions, VideoViT, ViTSize, resolve_size
 from distill.students.warmstart import LoadReport, WeightsError, load_weights
 
 TEACHERS = {"internvideo2_1B": "1B", "internvideo2_6B": "6B"}
@@ -49,8 +49,17 @@ class Teacher(VideoViT):
         num_layers: int,
         interval: float,
         activation: Activation = "gelu_tanh",
+        tubelet: int = 1,
+        positions: Positions = "joint",
     ) -> None:
-        super().__init__(size, frames=frames, image_size=image_size, activation=activation)
+        super().__init__(
+            size,
+            frames=frames,
+            image_size=image_size,
+            activation=activation,
+            tubelet=tubelet,
+            positions=positions,
+        )
         self.return_layers = return_layers(size.depth, num_layers, interval)
         self.load_report: LoadReport | None = None
         self.init_weights()
@@ -90,6 +99,8 @@ def create_teacher(
     num_layers: int = 6,
     interval: float = 3.34,
     activation: Activation = "gelu_tanh",
+    tubelet: int = 1,
+    positions: Positions = "joint",
     random: bool = False,
     checkpoint_frames: int | None = None,
     allow_unused: tuple[str, ...] = (),
@@ -125,6 +136,8 @@ def create_teacher(
             num_layers=num_layers,
             interval=interval,
             activation=activation,
+            tubelet=tubelet,
+            positions=positions,
         )
     if checkpoint is not None:
         teacher.to_empty(device="cpu")
