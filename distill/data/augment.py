@@ -1,0 +1,119 @@
+"""From decoded frames to the square uint8 clip that a model sees.
+
+Every frame of a clip gets the same crop and flip. Random choices are drawn in a fixed order from
+the generator that is handed in, so that a view is the same bit for bit wherever it is made.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+from PIL import Image
+
+from distill.recipe import Views
+
+# Wang et al., Temporal Segment Networks: candidate sizes as shares of the short side.
+_SCALES = (1.0, 0.875, 0.75, 0.66)
+_SNAP = 2  # a candidate this close to the image size becomes it, which spares the resize
+_ASPECT = (3 / 4, 4 / 3)  # Inception's crop
+_TRIES = 10
+# The thirteen places of a multi-scale crop, in quarters of the slack: corners, centre, the
+# middles of the edges, and the quarter points.
+_PLACES = (
+    *((0, 0), (4, 0), (0, 4), (4, 4), (2, 2)),
+    *((0, 2), (4, 2), (2, 4), (2, 0)),
+    *((1, 1), (3, 1), (1, 3), (3, 3)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Crop:
+    """A box of pixels, cut before frames are resized to `size` pixels a side.
+
+    Where `resize` (width, height) is given, frames are first resized to that and the box is one
+    of its pixels.
+    """
+
+    x: int
+    y: int
+    width: int
+    height: int
+    size: int
+    resize: tuple[int, int] | None = None
+
+
+def draw_crop(views: Views, *, width: int, height: int, rng: np.random.Generator) -> Crop:
+    """The training crop of a recipe for frames of width x height."""
+    match views.crop:
+        case "multiscale":
+            return multiscale_crop(width, height, size=views.image_size, rng=rng)
+        case "resized":
+            size, area = views.image_size, views.min_area
+            return resized_crop(width, height, size=size, min_area=area, rng=rng)
+        case "center":
+            return eval_crop(width, height, size=views.image_size, crop=0, num_crops=1)
+
+
+def multiscale_crop(width: int, height: int, *, size: int, rng: np.random.Generator) -> Crop:
+    """One of ten sizes at one of thirteen places (spec: distillation's multi-scale crop)."""
+    short = min(width, height)
+    sizes = [max(int(short * scale), 1) for scale in _SCALES]
+    sizes = [size if abs(side - size) <= _SNAP and size <= short else side for side in sizes]
+    pairs = [(w, h) for i, h in enumerate(sizes) for j, w in enumerate(sizes) if abs(i - j) <= 1]
+    crop_width, crop_height = pairs[rng.integers(len(pairs))]
+    across, down = _PLACES[rng.integers(len(_PLACES))]
+    x = across * ((width - crop_width) // 4)
+    y = down * ((height - crop_height) // 4)
+    return Crop(x, y, crop_width, crop_height, size)
+
+
+def resized_crop(
+    width: int, height: int, *, size: int, min_area: float, rng: np.random.Generator
+) -> Crop:
+    """A box of random area and log-uniform aspect, or the largest central one after ten tries."""
+    low, high = (math.log(aspect) for aspect in _ASPECT)
+    for _ in range(_TRIES):
+        area = width * height * rng.uniform(min_area, 1.0)
+        aspect = math.exp(rng.uniform(low, high))
+        crop_width = round(math.sqrt(area * aspect))
+        crop_height = round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            x = int(rng.integers(width - crop_width, endpoint=True))
+            y = int(rng.integers(height - crop_height, endpoint=True))
+            return Crop(x, y, crop_width, crop_height, size)
+    crop_width = min(width, max(round(height * _ASPECT[1]), 1))
+    crop_height = min(height, max(round(width / _ASPECT[0]), 1))
+    x, y = (width - crop_width) // 2, (height - crop_height) // 2
+    return Crop(x, y, crop_width, crop_height, size)
+
+
+def eval_crop(width: int, height: int, *, size: int, crop: int, num_crops: int) -> Crop:
+    """Crop `crop` of `num_crops` along the longer side, after the shorter is resized to `size`.
+
+    One crop is the centre one, with half the slack rounded half to even.
+    """
+    if not 0 <= crop < num_crops:
+        raise ValueError(f"crop {crop} is not one of {num_crops}")
+    short = min(width, height)
+    resize = (size * width // short, size * height // short)
+    slack = max(resize) - size
+    start = round(slack / 2) if num_crops == 1 else int(crop * (slack / (num_crops - 1)))
+    x, y = (start, 0) if width >= height else (0, start)
+    return Crop(x, y, size, size, size, resize)
+
+
+def apply(pixels: np.ndarray, crop: Crop, *, flip: bool) -> np.ndarray:
+    """Crop, resize (PIL bilinear, rounded to uint8) and flip: [T,H,W,3] to uint8 [3,T,S,S]."""
+    box = (crop.x, crop.y, crop.x + crop.width, crop.y + crop.height)
+    target = (crop.size, crop.size)
+    out = np.empty((3, len(pixels), crop.size, crop.size), np.uint8)
+    for i, frame in enumerate(pixels):
+        image = Image.fromarray(frame)
+        if crop.resize is not None and image.size != crop.resize:
+            image = image.resize(crop.resize, Image.Resampling.BILINEAR)
+        image = image.crop(box)
+        if image.size != target:
+            image = image.resize(target, Image.Resampling.BILINEAR)
+        square = np.asarray(image)
+        out[:, i] = (square[:, ::-1] if flip else square).transpose(2, 0, 1)
+    return out

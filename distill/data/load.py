@@ -1,0 +1,212 @@
+"""Views of clips, and batches of them made by worker processes.
+
+A training view is a function of (clip, view, recipe's views, seed) and of nothing else.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from distill import draw
+from distill.data import augment, sample
+from distill.data.decode import Video, open_video
+from distill.data.index import Clip
+from distill.data.workers import ClipLoader, Quarantine
+from distill.errors import InputError, StateError
+from distill.recipe import Data, Views
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "ClipBatches",
+    "ClipLoader",
+    "Quarantine",
+    "Task",
+    "View",
+    "collate",
+    "load_eval_task",
+    "load_eval_view",
+    "load_task",
+    "load_view",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a worker is asked for: a training view, or a clip and crop of an evaluation."""
+
+    clip: Clip
+    view: int = 0
+    clip_index: int = 0
+    crop_index: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """One look at a clip, and what is needed to make it again.
+
+    pixels uint8 [3,T,S,S]; `frames` int64 [T] are numbers in the whole video, `pts_seconds`
+    float64 [T] their times (NaN for folders of frames); `crop` is (x, y, width, height) in
+    pixels of the decoded frame, or of the resized one where a recipe resizes first.
+    """
+
+    pixels: np.ndarray
+    frames: np.ndarray
+    pts_seconds: np.ndarray
+    crop: tuple[int, int, int, int]
+    flip: bool
+    decoder: str
+
+
+def load_view(clip: Clip, view: int, *, views: Views, seed: int) -> View:
+    """Training view number `view` of a clip; equal arguments give equal bits in any process.
+
+    Raises `InputError` for a clip that cannot be decoded.
+    """
+    rng = draw.generator("augment", seed, clip.id, view)
+    with open_video(clip.path, decoder=views.decoder) as video:
+        first, length = sample.trim(clip, _num_frames(clip, video))
+        indices = first + sample.train_indices(views.sampling, length, views.frames, rng)
+        frames = video.read(indices)
+    height, width = frames.pixels.shape[1:3]
+    crop = augment.draw_crop(views, width=width, height=height, rng=rng)
+    flip = bool(rng.random() < views.flip) and clip.source not in views.never_flip
+    return _finish(video, indices, frames, crop, flip=flip)
+
+
+def load_eval_view(
+    clip: Clip, *, clip_index: int, num_clips: int, crop_index: int, num_crops: int, views: Views
+) -> View:
+    """Evaluation view: clip `clip_index` in time and crop `crop_index` in space; never flipped.
+
+    Raises `InputError` for a clip that cannot be decoded.
+    """
+    with open_video(clip.path, decoder=views.decoder) as video:
+        first, length = sample.trim(clip, _num_frames(clip, video))
+        indices = first + sample.eval_indices(
+            views.sampling, length, views.frames, clip=clip_index, num_clips=num_clips
+        )
+        frames = video.read(indices)
+    height, width = frames.pixels.shape[1:3]
+    size = views.image_size
+    crop = augment.eval_crop(width, height, size=size, crop=crop_index, num_crops=num_crops)
+    return _finish(video, indices, frames, crop, flip=False)
+
+
+def load_task(task: Task, *, views: Views, seed: int) -> View:
+    """`load_view` for a `ClipLoader`, bound with `functools.partial`."""
+    return load_view(task.clip, task.view, views=views, seed=seed)
+
+
+def load_eval_task(task: Task, *, views: Views, num_clips: int, num_crops: int) -> View:
+    """`load_eval_view` for a `ClipLoader`, bound with `functools.partial`."""
+    return load_eval_view(
+        task.clip,
+        clip_index=task.clip_index,
+        num_clips=num_clips,
+        crop_index=task.crop_index,
+        num_crops=num_crops,
+        views=views,
+    )
+
+
+def collate(items: Sequence[tuple[Task, View]]) -> "dict[str, Tensor]":
+    """A batch: clip_id, view, label int64 [B] (-1 for no label), pixels uint8 [B,3,T,S,S]."""
+    import torch  # not at the top: workers import this module and do without it
+
+    def column(values: Iterable[int]) -> "Tensor":
+        return torch.tensor(list(values), dtype=torch.int64)
+
+    return {
+        "clip_id": column(task.clip.id for task, _ in items),
+        "view": column(task.view for task, _ in items),
+        "label": column(-1 if task.clip.label is None else task.clip.label for task, _ in items),
+        "pixels": torch.from_numpy(np.stack([view.pixels for _, view in items])),
+    }
+
+
+class ClipBatches:
+    """Training batches from videos, in an order drawn from (seed, epoch).
+
+    Epoch e uses view e, or e mod `views_per_clip`. Clips that cannot be decoded go to the
+    quarantine and are left out of their batches, which keep their places; only a batch that
+    loses all its clips takes the next one in the order instead.
+    """
+
+    def __init__(
+        self,
+        clips: Sequence[Clip],
+        data: Data,
+        *,
+        batch_size: int,
+        seed: int,
+        views_per_clip: int | None,
+        quarantine: Quarantine,
+    ):
+        if not clips:
+            raise InputError("there are no clips to train with: data.train.list names none")
+        self._clips = clips
+        self._batch_size = batch_size
+        self._seed = seed
+        self._views_per_clip = views_per_clip
+        self._loader = ClipLoader(
+            functools.partial(load_task, views=data.views, seed=seed),
+            workers=data.workers,
+            timeout_seconds=data.decode_timeout_seconds,
+            quarantine=quarantine,
+        )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self._clips) // self._batch_size)
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long the consumer has waited for batches, in all."""
+        return self._loader.wait_seconds
+
+    def epoch(self, epoch: int, first_step: int = 0) -> "Iterator[dict[str, Tensor | int]]":
+        """Batches of an epoch from step `first_step` on, as `collate` makes them, with "epoch".
+
+        Raises `StateError` when too many clips cannot be decoded.
+        """
+        order = draw.generator("shuffle", self._seed, epoch).permutation(len(self._clips))
+        view = epoch if self._views_per_clip is None else epoch % self._views_per_clip
+        tasks = [Task(self._clips[i], view) for i in order]
+        starts = range(first_step * self._batch_size, len(tasks), self._batch_size)
+        batches = self._loader.run(tasks[start : start + self._batch_size] for start in starts)
+        for start, items in zip(starts, batches, strict=True):
+            yield {**collate(items or self._next_good(tasks, start)), "epoch": epoch}
+
+    def _next_good(self, tasks: list[Task], start: int) -> list[tuple[Task, View]]:
+        following = tasks[start:] + tasks[:start]
+        for items in self._loader.run([task] for task in following):
+            if items:
+                return items
+        raise StateError("none of the clips can be decoded; see the quarantine for the reasons")
+
+
+def _num_frames(clip: Clip, video: Video) -> int:
+    """The video's frames; of a folder those that the list states, which have to be there."""
+    if clip.num_frames is None:
+        return video.num_frames
+    if clip.num_frames > video.num_frames:
+        raise InputError(
+            f"{clip.path}: {video.num_frames} frames where the list states {clip.num_frames}"
+        )
+    return clip.num_frames
+
+
+def _finish(video: Video, indices, frames, crop: augment.Crop, *, flip: bool) -> View:
+    return View(
+        pixels=augment.apply(frames.pixels, crop, flip=flip),
+        frames=indices.astype(np.int64),
+        pts_seconds=frames.pts_seconds,
+        crop=(crop.x, crop.y, crop.width, crop.height),
+        flip=flip,
+        decoder=video.backend,
+    )
