@@ -54,9 +54,7 @@ def view_records(
 class LiveTargets:
     """Runs the teacher, in the recipe's precision, on a batch of `ClipBatches`."""
 
-    def __init__(
-        self, teacher: Teacher, mask: Mask, seed: int, *, precision: str = "fp32"
-    ) -> None:
+    def __init__(self, teacher: Teacher, mask: Mask, seed: int, *, precision: str = "fp32") -> None:
         self.teacher, self.mask, self.seed, self.precision = teacher, mask, seed, precision
 
     def __call__(self, batch: dict) -> dict:

@@ -66,7 +66,9 @@ def test_codes_bytes_are_pinned():
     fields = encode("int8", row)
     assert fields["codes"].tolist() == [[[79, -40, 20, 127]]]
     assert_close(fields["scales"].item(), 0.968125 / 153.6, rtol=1e-6, atol=0)
-    assert encode("fp16", row)["codes"].view(torch.int16).tolist() == [[[14336, -19456, 12288, 14950]]]
+    assert encode("fp16", row)["codes"].view(torch.int16).tolist() == [
+        [[14336, -19456, 12288, 14950]]
+    ]
 
 
 def test_unknown_codes_are_refused():

@@ -157,9 +157,9 @@ def test_an_error_of_the_disk_leaves_nothing_half_written(tmp_path):
 def test_fields_of_another_shape_are_refused(tmp_path):
     settings = {"fields": FIELDS, "identity": IDENTITY, "shard_bytes": 1, "shard_seconds": 1.0}
     wrong = {**values(1, 0), "tokens": np.zeros(6, np.int16)}
-    with ShardWriter(tmp_path, **settings) as writer:
-        with pytest.raises(ValueError, match=r"field tokens: expected int16 \[5\], got int16 \[6"):
-            writer.add(1, 0, wrong, {})
+    message = r"field tokens: expected int16 \[5\], got int16 \[6\]"
+    with pytest.raises(ValueError, match=message), ShardWriter(tmp_path, **settings) as writer:
+        writer.add(1, 0, wrong, {})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -44,7 +44,7 @@ def test_counts_are_the_published_ones(ratio, kind, expected):
     assert tokens.shape == (3, expected)
     assert tokens.dtype == torch.int64
     assert bool((tokens.diff(dim=1) > 0).all()), "ascending, hence without repeats"
-    assert 0 <= int(tokens.min()) and int(tokens.max()) < 2048
+    assert int(tokens.min()) >= 0 and int(tokens.max()) < 2048
 
 
 def test_count_refuses_another_grid():
@@ -93,7 +93,7 @@ def test_tube_shows_the_same_places_in_every_frame():
     ).reshape(4, 8, 52)
     places = tokens - torch.arange(8)[:, None] * 256
     assert_close(places, places[:, :1].expand_as(places))
-    assert 0 <= int(places.min()) and int(places.max()) < 256
+    assert int(places.min()) >= 0 and int(places.max()) < 256
 
 
 @pytest.mark.parametrize("kind", ["attention", "tube", "random"])

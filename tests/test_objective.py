@@ -188,8 +188,8 @@ def test_cross_entropy_is_smoothed_as_the_formula():
     aims[[0, 1, 2], batch["label"]] += 0.9
     expected = -(aims * (logits - logits.exp().sum(1, keepdim=True).log())).sum(1).mean()
     assert_close(losses["loss"].detach().double(), expected, rtol=1e-5, atol=1e-6)
-    hits = sum(int(row.argmax() == label) for row, label in zip(logits, batch["label"]))
-    assert_close(losses["top1"].item(), hits / 3)
+    hits = [row.argmax() == aim for row, aim in zip(logits, batch["label"], strict=True)]
+    assert_close(losses["top1"].item(), sum(map(int, hits)) / 3)
     losses["loss"].backward()
     found = model.head.bias.grad.double()
     assert_close(found, (logits.softmax(1) - aims).mean(0), rtol=1e-4, atol=1e-6)
@@ -218,9 +218,7 @@ def test_only_what_the_recipe_trains_gets_gradients(trainable, prefixes):
 def test_published_probe_trains_as_many_parameters_as_upstream():
     with torch.device("meta"):
         model = create_classifier("1B", num_classes=400)
-    ClassifyObjective(
-        model, Classify(kind="classify", num_classes=400, trainable="pool"), seed=0
-    )
+    ClassifyObjective(model, Classify(kind="classify", num_classes=400, trainable="pool"), seed=0)
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
     assert trained == 7_042_176 + 309_136
 

@@ -22,11 +22,11 @@ from distill.cache.index import load_index
 from distill.cache.read import QUARANTINE_FILE, quarantined_ids
 from distill.cache.shards import Field, ShardWriter, remove_leftovers
 from distill.data.index import Clip, read_list
-from distill.data.load import ClipLoader, Quarantine, Task, View, collate, load_view
+from distill.data.load import ClipLoader, Quarantine, Task, View, collate, load_task
 from distill.engine import pick_device, to_device
 from distill.errors import StateError
 from distill.models import build_teacher
-from distill.recipe import Recipe, Views
+from distill.recipe import Recipe
 from distill.targets import view_records
 
 MEGABYTE = 2**20
@@ -119,7 +119,7 @@ def _write(
         folder / QUARANTINE_FILE, total=len(clips), max_share=data.max_quarantined
     )
     loader = ClipLoader(
-        functools.partial(_load, views=data.views, seed=cache.seed),
+        functools.partial(load_task, views=data.views, seed=cache.seed),
         workers=data.workers,
         timeout_seconds=data.decode_timeout_seconds,
         quarantine=quarantine,
@@ -200,10 +200,6 @@ def _batches(clips: list[Clip], wanted: np.ndarray, *, size: int) -> Iterator[li
             places = np.flatnonzero(row[start : start + size]) + start
             if len(places):
                 yield [Task(clips[place], view=view) for place in places]
-
-
-def _load(task: Task, *, views: Views, seed: int) -> View:
-    return load_view(task.clip, task.view, views=views, seed=seed)
 
 
 def _teacher(recipe: Recipe):

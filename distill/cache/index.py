@@ -54,9 +54,7 @@ def load_index(folder: Path, identity: dict) -> CacheIndex:
                 "delete the one that is wrong and run 'distill cache-teacher' again"
             )
         owner = np.full(len(shard.views), number, np.int32)
-        columns.append(
-            (shard.clip_ids, shard.views, owner, shard.starts, shard.sizes, shard.xxh3)
-        )
+        columns.append((shard.clip_ids, shard.views, owner, shard.starts, shard.sizes, shard.xxh3))
     dtypes = (np.int64, np.int64, np.int32, np.int64, np.int64, np.uint64)
     joined = [
         np.concatenate([np.empty(0, dtype), *(column[i] for column in columns)])

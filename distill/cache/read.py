@@ -81,16 +81,12 @@ class Cache:
 
     def read(self, row: int) -> tuple[dict[str, np.ndarray], dict]:
         """One record by its place in the index: its fields and what its view is."""
-        arrays = {
-            field.name: np.empty(field.shape, field.dtype) for field in self.index.fields
-        }
+        arrays = {field.name: np.empty(field.shape, field.dtype) for field in self.index.fields}
         with ShardReader(self.index.shards[self.index.shard[row]]) as shard:
             text = self.read_into(shard, row, arrays)
         return arrays, json.loads(bytes(text))
 
-    def read_into(
-        self, shard: ShardReader, row: int, arrays: dict[str, np.ndarray]
-    ) -> bytearray:
+    def read_into(self, shard: ShardReader, row: int, arrays: dict[str, np.ndarray]) -> bytearray:
         """Read a record into contiguous arrays, one a field; returns the view's JSON text."""
         index = self.index
         parts = [arrays[field.name].reshape(-1).view(np.uint8) for field in index.fields]
@@ -111,11 +107,8 @@ class Cache:
 
 def quarantined_ids(folder: Path) -> np.ndarray:
     """Ids int64 of the clips that the build of a cache could not decode."""
-    path = folder / QUARANTINE_FILE
-    if not path.exists():
-        return np.empty(0, np.int64)
-    entries = Quarantine(path, total=1, max_share=1.0).entries
-    return np.array([entry["id"] for entry in entries], np.int64)
+    entries = Quarantine(folder / QUARANTINE_FILE, total=1, max_share=1.0).entries
+    return np.array(list(entries), np.int64)
 
 
 class CachedBatches:

@@ -161,7 +161,7 @@ class ShardWriter:
         # The header precedes the records, but its numbers come last: keep room for it.
         room = len(json.dumps(self._metadata)) + HEADER_SLACK_BYTES
         self._header_bytes = room + -(room + 8) % ALIGN_BYTES
-        self._file = open(self._path, "xb")
+        self._file = self._path.open("xb")
         self._file.seek(8 + self._header_bytes)
 
     def _discard(self) -> None:

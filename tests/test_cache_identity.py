@@ -1,0 +1,130 @@
+import re
+
+import pytest
+
+from distill.cache.identity import REVISIONS, cache_identity, require_identity
+from distill.errors import InputError, StateError
+from distill.recipe import Recipe
+from distill.students.warmstart import file_sha256
+
+
+def recipe(**changes):
+    """A small recipe; `changes` are dotted paths with their values."""
+    tree = {
+        "name": "tiny",
+        "data": {"train": {"list": "train.csv"}, "views": {"frames": 4, "image_size": 56}},
+        "model": {"size": "S14"},
+        "objective": {
+            "kind": "distill",
+            "teacher": {"size": "1B", "weights": {"checkpoint": "t.pth", "sha256": "AB12"}},
+            "cache": {"folder": "caches/tiny"},
+        },
+        "optim": {"lr": 1e-3, "batch_size": 8, "epochs": 1},
+    }
+    for path, value in changes.items():
+        *parents, leaf = path.split("__")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[leaf] = value
+    return Recipe.model_validate(tree)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "line"),
+    [
+        ("data__views__frames", 8, "holds data.views.frames 4, the recipe asks for 8; set data."),
+        ("data__views__image_size", 112, "holds data.views.image_size 56, the recipe asks for 112"),
+        ("data__views__crop", "center", "holds data.views.crop multiscale, the recipe asks for c"),
+        ("data__views__min_area", 0.1, "holds data.views.min_area 0.08, the recipe asks for 0.1;"),
+        ("data__views__flip", 0.0, "holds data.views.flip 0.5, the recipe asks for 0.0; set data"),
+        ("data__views__never_flip", (), "holds data.views.never_flip [ssv2], the recipe asks for"),
+        (
+            "data__views__sampling",
+            {"kind": "segment"},
+            "holds data.views.sampling.kind sparse, the recipe asks for segment; set data.views.s",
+        ),
+        ("objective__mask__kind", "tube", "holds objective.mask.kind attention, the recipe asks"),
+        ("objective__mask__ratio", 0.9, "holds objective.mask.ratio 0.8, the recipe asks for 0.9"),
+        ("objective__cache__codes", "fp16", "holds objective.cache.codes int8, the recipe asks fo"),
+        ("objective__cache__seed", 1, "holds objective.cache.seed 0, the recipe asks for 1; set "),
+        ("objective__teacher__size", "6B", "holds objective.teacher.size 1B, the recipe asks for"),
+        ("objective__teacher__layers", 3, "holds objective.teacher.layers 6, the recipe asks fo"),
+        ("objective__teacher__interval", 2.0, "holds objective.teacher.interval 3.34, the recipe"),
+        ("objective__teacher__activation", "gelu", "holds objective.teacher.activation gelu_tanh"),
+        ("objective__teacher__precision", "bf16", "holds objective.teacher.precision fp32, the r"),
+        (
+            "objective__cache__teacher_hash",
+            "cd34",
+            "holds teacher weights (sha256) ab12, the recipe asks for cd34; set objective.cache.f",
+        ),
+    ],
+)
+def test_every_setting_of_a_record_is_part_of_it(path, value, line):
+    found, expected = cache_identity(recipe()), cache_identity(recipe(**{path: value}))
+    with pytest.raises(StateError, match=f"^cache c: {re.escape(line)}") as error:
+        require_identity(found, expected, where="cache c")
+    assert str(error.value).endswith(
+        "set objective.cache.folder to a new folder and run 'distill cache-teacher'"
+    )
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("revision", sorted(REVISIONS))
+def test_every_revision_is_part_of_it(revision, monkeypatch):
+    found = cache_identity(recipe())
+    monkeypatch.setitem(REVISIONS, revision, 99)
+    line = f"cache c: holds {revision} revision 1, the recipe asks for 99; set objective.cache.f"
+    with pytest.raises(StateError, match=line):
+        require_identity(found, cache_identity(recipe()), where="cache c")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("run__seed", 7),
+        ("data__views__decoder", "pyav"),
+        ("data__workers", 5),
+        ("data__train__list", "other.csv"),
+        ("model__size", "L14"),
+        ("optim__batch_size", 4),
+        ("objective__decoder", "linear"),
+        ("objective__cache__views", 2),
+        ("objective__cache__folder", "elsewhere"),
+        ("objective__cache__shard_mb", 1),
+        ("objective__cache__batch_size", 1),
+    ],
+)
+def test_what_does_not_change_a_record_is_not(path, value):
+    assert cache_identity(recipe(**{path: value})) == cache_identity(recipe())
+
+
+def test_a_size_spelt_out_is_the_size_by_name():
+    spelt = {"width": 1408, "depth": 40, "heads": 16, "mlp_ratio": 48 / 11}
+    assert cache_identity(recipe(objective__teacher__size=spelt)) == cache_identity(recipe())
+    own = cache_identity(recipe(objective__teacher__size={**spelt, "depth": 3}))
+    assert own["objective.teacher.size"].startswith("1408x3x16, mlp_ratio 4.36")
+
+
+def test_teacher_is_known_by_its_files_contents(tmp_path):
+    path = tmp_path / "teacher.safetensors"
+    path.write_bytes(b"weights")
+    weights = {"checkpoint": str(path)}
+    identity = cache_identity(recipe(objective__teacher__weights=weights))
+    assert identity["teacher weights (sha256)"] == file_sha256(path)
+    weights["checkpoint"] = str(tmp_path / "gone.pth")
+    with pytest.raises(InputError, match=r"gone.pth: no such file; .* objective.cache.teacher_h"):
+        cache_identity(recipe(objective__teacher__weights=weights))
+    known = recipe(objective__teacher__weights=weights, objective__cache__teacher_hash="AB12")
+    assert cache_identity(known)["teacher weights (sha256)"] == "ab12"
+
+
+def test_a_random_teacher_is_known_by_its_seed():
+    settings = {"size": "1B", "random": True}
+    identity = cache_identity(recipe(objective__teacher=settings, run__seed=3))
+    assert identity["teacher weights (sha256)"] == "random, seed 3"
+
+
+def test_a_recipe_without_a_cache_is_told_so():
+    with pytest.raises(InputError, match="recipe tiny: no view cache; give it objective.kind"):
+        cache_identity(recipe(objective__cache=None))

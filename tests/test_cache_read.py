@@ -1,0 +1,250 @@
+import re
+import threading
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from test_cache_identity import recipe
+
+from distill import draw
+from distill.cache import read as cache_read
+from distill.cache.identity import cache_identity
+from distill.cache.read import Cache, CachedBatches
+from distill.cache.shards import Field, ShardReader, ShardWriter, shard_paths
+from distill.data.index import read_list
+from distill.errors import StateError
+
+FIELDS = (Field("tokens", "int16", (3,)), Field("codes", "float16", (2, 4, 8)))
+CLIPS, VIEWS = 23, 2
+
+
+def values(clip_id, view):
+    stream = np.random.default_rng([clip_id % 2**64, view])
+    return {
+        "tokens": stream.integers(0, 2048, 3).astype(np.int16),
+        "codes": stream.standard_normal((2, 4, 8)).astype(np.float16),
+    }
+
+
+def make(tmp_path, *, keep=lambda clip, view: True, views=VIEWS):
+    """A list of clips and a cache with their records, in shards of some five records."""
+    (tmp_path / "train.csv").write_text("".join(f"v/{i}.mp4,0\n" for i in range(CLIPS)))
+    ours = recipe(
+        data__train__list=str(tmp_path / "train.csv"),
+        objective__cache__folder=str(tmp_path / "cache"),
+        objective__cache__views=views,
+    )
+    clips = read_list(ours.data.train)
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    settings = {"fields": FIELDS, "identity": cache_identity(ours)}
+    with ShardWriter(folder, shard_bytes=1000, shard_seconds=99.0, **settings) as writer:
+        for view in range(VIEWS):
+            for place, clip in enumerate(clips):
+                if keep(place, view):
+                    writer.add(clip.id, view, values(clip.id, view), {"name": clip.name})
+                    writer.commit_if_full()
+    return ours, clips, folder
+
+
+def test_an_epoch_reads_its_view_of_every_clip_once(tmp_path):
+    ours, clips, folder = make(tmp_path)
+    batches = CachedBatches(Cache.open(folder, ours), batch_size=5, seed=3)
+    assert batches.steps_per_epoch == 5
+    for epoch in (0, 1, 2, 5):
+        read = list(batches.epoch(epoch))
+        assert [len(batch["clip_id"]) for batch in read] == [5, 5, 5, 5, 3]
+        ids = torch.cat([batch["clip_id"] for batch in read]).tolist()
+        assert sorted(ids) == sorted(clip.id for clip in clips)
+        for batch in read:
+            assert batch["epoch"] == epoch
+            assert batch["view"].tolist() == [epoch % VIEWS] * len(batch["view"])
+            assert batch["tokens"].dtype == torch.int16
+            for place, clip_id in enumerate(batch["clip_id"].tolist()):
+                for name, value in values(clip_id, epoch % VIEWS).items():
+                    np.testing.assert_array_equal(batch[name][place].numpy(), value)
+
+
+def test_the_order_is_that_of_live_batches(tmp_path):
+    """A permutation of the list's places, drawn from ("shuffle", seed, epoch)."""
+    ours, clips, folder = make(tmp_path)
+    batches = CachedBatches(Cache.open(folder, ours), batch_size=5, seed=3)
+    for epoch in (0, 1):
+        order = draw.generator("shuffle", 3, epoch).permutation(CLIPS)
+        ids = [clip for batch in batches.epoch(epoch) for clip in batch["clip_id"].tolist()]
+        assert ids == [clips[place].id for place in order]
+
+
+def test_an_epoch_can_be_entered_in_the_middle(tmp_path):
+    ours, _, folder = make(tmp_path)
+    batches = CachedBatches(Cache.open(folder, ours), batch_size=5, seed=3)
+    whole = [batch["clip_id"].tolist() for batch in batches.epoch(1)]
+    assert [batch["clip_id"].tolist() for batch in batches.epoch(1, first_step=3)] == whole[3:]
+    assert list(batches.epoch(1, first_step=5)) == []
+
+
+@pytest.mark.parametrize("window", [1, 2, 16])
+def test_the_prefetch_window_changes_no_batch(tmp_path, window):
+    ours, _, folder = make(tmp_path)
+    batches = CachedBatches(Cache.open(folder, ours), batch_size=4, seed=0)
+    expected = [(batch["clip_id"], batch["codes"]) for batch in batches.epoch(0)]
+    batches.window = window
+    for batch, (clip_id, codes) in zip(batches.epoch(0), expected, strict=True):
+        torch.testing.assert_close(batch["clip_id"], clip_id)
+        torch.testing.assert_close(batch["codes"], codes)
+
+
+def test_records_are_read_in_the_order_of_the_disk_inside_the_window(tmp_path, monkeypatch):
+    ours, _, folder = make(tmp_path)
+    monkeypatch.setattr(cache_read, "READ_THREADS", 1)
+    places = []
+
+    class Noted(ShardReader):
+        def read(self, parts, *, start, xxh3, record):
+            places.append((str(self.path), start))
+            super().read(parts, start=start, xxh3=xxh3, record=record)
+
+    monkeypatch.setattr(cache_read, "ShardReader", Noted)
+    batches = CachedBatches(Cache.open(folder, ours), batch_size=4, seed=0)
+    assert batches.window == 16
+    list(batches.epoch(0))
+    assert len(places) == CLIPS
+    assert places == sorted(places)
+
+
+def test_read_ahead_is_bounded_by_bytes(tmp_path, monkeypatch):
+    ours, _, folder = make(tmp_path)
+    cache = Cache.open(folder, ours)
+    record_bytes = int(cache.index.sizes[0])
+    monkeypatch.setattr(cache_read, "PREFETCH_BYTES", 11 * record_bytes)
+    assert CachedBatches(cache, batch_size=5, seed=0).window == 2
+    assert CachedBatches(cache, batch_size=12, seed=0).window == 1
+
+
+def test_leaving_an_epoch_early_stops_its_threads(tmp_path):
+    ours, _, folder = make(tmp_path)
+    batches = CachedBatches(Cache.open(folder, ours), batch_size=1, seed=0)
+    batches.window = 1
+    before = threading.active_count()
+    epoch = batches.epoch(0)
+    next(epoch)
+    assert threading.active_count() > before
+    epoch.close()
+    assert threading.active_count() == before
+
+
+def test_waiting_is_counted(tmp_path):
+    ours, _, folder = make(tmp_path)
+    batches = CachedBatches(Cache.open(folder, ours), batch_size=5, seed=0)
+    assert batches.wait_seconds == 0.0
+    list(batches.epoch(0))
+    assert 0.0 < batches.wait_seconds < 10.0
+
+
+def test_the_index_takes_a_few_dozen_bytes_a_record(tmp_path):
+    ours, _, folder = make(tmp_path)
+    index = Cache.open(folder, ours).index
+    columns = (index.clip_ids, index.views, index.shard, index.starts, index.sizes, index.xxh3)
+    assert all(isinstance(column, np.ndarray) for column in columns)
+    assert sum(column.itemsize for column in columns) == 44
+
+
+def test_opening_grows_by_bytes_and_not_by_objects(tmp_path):
+    """20,000 records more cost at most 200 bytes each on the way, and 60 when open."""
+    identity = {"a": 1}
+    fields = (Field("x", "uint8", (1,)),)
+    settings = {"fields": fields, "identity": identity, "shard_bytes": 2**30}
+    with ShardWriter(tmp_path, shard_seconds=99.0, **settings) as writer:
+        for clip in range(20_000):
+            writer.add(clip, 0, {"x": np.zeros(1, np.uint8)}, {})
+    tracemalloc.start()
+    index = cache_read.load_index(tmp_path, identity)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(index) == 20_000
+    assert kept / 20_000 < 60
+    assert peak / 20_000 < 200
+
+
+def test_a_subset_of_the_cached_clips_is_read_in_its_lists_order(tmp_path):
+    ours, clips, folder = make(tmp_path)
+    chosen = [clips[place] for place in (20, 3, 11)]
+    (tmp_path / "train.csv").write_text("".join(f"{clip.name},0\n" for clip in chosen))
+    cache = Cache.open(folder, ours)
+    assert cache.index.clip_ids[cache.rows[:, 0]].tolist() == [clip.id for clip in chosen]
+    assert cache.index.views[cache.rows[0]].tolist() == [0, 1]
+    assert cache.clip_names([chosen[1].id, chosen[0].id]) == ["v/3.mp4", "v/20.mp4"]
+
+
+def test_a_cache_needs_no_list(tmp_path):
+    ours, clips, folder = make(tmp_path)
+    data = ours.data.model_copy(update={"train": ours.data.train.model_copy(update={"list": None})})
+    cache = Cache.open(folder, ours.model_copy(update={"data": data}))
+    found = cache.index.clip_ids[cache.rows[:, 0]].tolist()
+    assert found == sorted(clip.id for clip in clips)
+
+
+def test_fewer_views_than_cached_may_be_asked_for_but_not_more(tmp_path):
+    ours, _, folder = make(tmp_path, views=1)
+    cache = Cache.open(folder, ours)
+    assert cache.rows.shape == (CLIPS, 1)
+    more = recipe(data__train__list=str(tmp_path / "train.csv"), objective__cache__views=3)
+    message = (
+        f"cache {folder}: lacks 23 of the 69 records of 23 clips in 3 views; run "
+        "'distill cache-teacher' to add them"
+    )
+    with pytest.raises(StateError, match=f"^{re.escape(message)}$"):
+        Cache.open(folder, more)
+
+
+def test_missing_records_are_counted(tmp_path):
+    ours, _, folder = make(tmp_path, keep=lambda clip, view: (clip, view) not in {(4, 0), (5, 1)})
+    with pytest.raises(StateError, match="lacks 2 of the 46 records of 23 clips in 2 views; run"):
+        Cache.open(folder, ours)
+
+
+def test_an_empty_folder_is_one_line(tmp_path):
+    ours, _, _ = make(tmp_path)
+    message = f"cache {tmp_path / 'none'}: no records there; run 'distill cache-teacher' to make"
+    with pytest.raises(StateError, match=re.escape(message)):
+        Cache.open(tmp_path / "none", ours)
+
+
+def test_another_recipes_cache_is_refused(tmp_path):
+    ours, _, folder = make(tmp_path)
+    objective = ours.objective.model_copy(
+        update={"mask": ours.objective.mask.model_copy(update={"ratio": 0.75})}
+    )
+    message = (
+        f"cache {folder}: holds objective.mask.ratio 0.8, the recipe asks for 0.75; set "
+        "objective.mask.ratio=0.8, or set objective.cache.folder to a new folder and run "
+        "'distill cache-teacher'"
+    )
+    with pytest.raises(StateError, match=f"^{re.escape(message)}$"):
+        Cache.open(folder, ours.model_copy(update={"objective": objective}))
+
+
+def test_a_damaged_record_stops_the_epoch_and_names_its_shard(tmp_path):
+    ours, _, folder = make(tmp_path)
+    cache = Cache.open(folder, ours)
+    row = int(cache.rows[7, 0])
+    path = cache.index.shards[cache.index.shard[row]]
+    sound = bytearray(path.read_bytes())
+    sound[int(cache.index.starts[row]) + 9] ^= 4
+    path.write_bytes(sound)
+    clip = cache.index.clip_ids[row]
+    message = f"{path}: the record of clip {clip} in view 0 is damaged (its checksum differs); "
+    with pytest.raises(StateError, match=re.escape(message)):
+        list(CachedBatches(cache, batch_size=5, seed=0).epoch(0))
+    assert threading.active_count() < 5
+    list(CachedBatches(cache, batch_size=5, seed=0).epoch(1))
+
+
+def test_a_shard_that_goes_away_stops_the_epoch(tmp_path):
+    ours, _, folder = make(tmp_path)
+    cache = Cache.open(folder, ours)
+    shard_paths(folder)[0].unlink()
+    with pytest.raises(StateError, match="cannot be read .No such file or directory.; run 'dist"):
+        for epoch in (0, 1):
+            list(CachedBatches(cache, batch_size=5, seed=0).epoch(epoch))

@@ -1,0 +1,151 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from distill import draw
+from distill.cache import codes
+from distill.mask import draw_tokens
+from distill.objective import DistillObjective
+from distill.recipe import Distill, Mask
+from distill.students import create_student
+from distill.students.vit import ViTSize, patchify
+from distill.targets import CachedTargets, LiveTargets, view_records
+from distill.teachers import create_teacher
+
+WIDE = ViTSize(176, 5, 2, 48 / 11, pooled_width=48)
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
+MASK = Mask(kind="attention", ratio=0.8)  # 64 - int(51.2) = 13 visible
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    torch.manual_seed(0)
+    teacher = create_teacher(
+        WIDE, frames=4, image_size=56, num_layers=3, interval=1.34, random=True
+    )
+    for block in teacher.blocks:  # or the blocks would be next to nothing
+        block.ls1.gamma.fill_(0.3)
+        block.ls2.gamma.fill_(0.3)
+    return teacher
+
+
+def live_batch(count=3):
+    stream = torch.Generator().manual_seed(1)
+    return {
+        "clip_id": torch.tensor([draw.key("clip", index) for index in range(count)]),
+        "view": torch.tensor([1, 1, 0][:count]),
+        "label": torch.tensor([-1] * count),
+        "pixels": torch.randint(0, 256, (count, 3, 4, 56, 56), dtype=torch.uint8, generator=stream),
+        "epoch": 5,
+    }
+
+
+def cached(live, kind):
+    """A live batch as `CachedBatches` would hand it out."""
+    middle = live["middle"].transpose(0, 1).contiguous()
+    return {
+        "clip_id": live["clip_id"],
+        "view": torch.zeros_like(live["clip_id"]),
+        "tokens": live["tokens"].to(torch.int16),
+        "patches": live["patches"],
+        **codes.encode(kind, middle),
+        "pooled": live["pooled"].half(),
+        "attention": live["attention"],
+        "epoch": live["epoch"],
+    }
+
+
+@pytest.mark.parametrize("kind", ["attention", "tube", "random"])
+def test_a_record_is_the_teachers_features_at_the_visible_tokens(teacher, kind):
+    batch, mask = live_batch(), Mask(kind=kind, ratio=0.8)
+    records = view_records(teacher, batch, mask=mask, seed=4)
+    features = teacher(batch["pixels"])
+    tokens = draw_tokens(
+        mask,
+        clip_ids=batch["clip_id"],
+        view=batch["view"],
+        seed=4,
+        grid=(4, 4, 4),
+        attention=features.attention,
+    )
+    assert_close(records["tokens"], tokens)
+    patches = patchify(batch["pixels"])
+    for clip in range(3):
+        assert_close(records["patches"][clip], patches[clip, tokens[clip]])
+        assert_close(records["middle"][:, clip, 0], features.middle[:, clip, 0], **TOLERANCE)
+        rows = features.middle[:, clip, 1 + tokens[clip]]
+        assert_close(records["middle"][:, clip, 1:], rows, **TOLERANCE)
+    assert_close(records["pooled"], features.pooled, **TOLERANCE)
+    assert_close(records["attention"], features.attention, **TOLERANCE)
+    assert records["patches"].dtype == torch.uint8
+    assert records["middle"].dtype == records["pooled"].dtype == torch.float32
+    lengths = records["middle"].norm(dim=-1)
+    assert_close(lengths, torch.ones_like(lengths))
+
+
+def test_a_clips_record_does_not_depend_on_its_neighbours(teacher):
+    batch = live_batch()
+    together = view_records(teacher, batch, mask=MASK, seed=4)
+    for row in range(3):
+        one = {name: batch[name][row : row + 1] for name in ("clip_id", "view", "pixels")}
+        alone = view_records(teacher, one, mask=MASK, seed=4)
+        assert_close(alone["tokens"][0], together["tokens"][row])
+        assert_close(alone["patches"][0], together["patches"][row])
+        assert_close(alone["middle"][:, 0], together["middle"][:, row], **TOLERANCE)
+
+
+def test_visible_rows_are_gathered_before_anything_is_normalised(teacher, monkeypatch):
+    shapes, original = [], F.normalize
+
+    def normalize(x, dim):
+        shapes.append(tuple(x.shape))
+        return original(x, dim=dim)
+
+    monkeypatch.setattr(F, "normalize", normalize)
+    view_records(teacher, live_batch(), mask=MASK, seed=4)
+    assert shapes == [(3, 14, 176)] * 3 + [(3, 48)]
+
+
+def test_precision_is_the_teachers_alone(teacher):
+    batch = live_batch()
+    exact = view_records(teacher, batch, mask=Mask(kind="random"), seed=4)
+    half = view_records(teacher, batch, mask=Mask(kind="random"), seed=4, precision="bf16")
+    assert half["middle"].dtype == torch.float32
+    difference = (half["middle"] - exact["middle"]).norm(dim=-1).max().item()
+    assert 1e-4 < difference < 0.05
+    assert_close(half["middle"].norm(dim=-1), torch.ones(3, 3, 14))
+
+
+def test_targets_go_into_a_loss_that_is_differentiated(teacher):
+    student = create_student(
+        ViTSize(96, 4, 3, pooled_width=48),
+        frames=4,
+        image_size=56,
+        teacher_width=176,
+        teacher_pooled=48,
+        num_layers=3,
+    )
+    section = Distill(kind="distill", teacher={"size": "1B", "random": True})
+    objective = DistillObjective(student, section, seed=0)
+    batch = LiveTargets(teacher, MASK, 4)(live_batch())
+    losses = objective(batch)
+    losses["loss"].backward()
+    assert 3.0 < losses["loss"].item() < 5.0, "about 4 at random init"
+    assert float(student.patch_embed.proj.weight.grad.abs().max()) > 0
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize(("kind", "error"), [("fp16", 3e-4), ("int8", 8e-3)])
+def test_cached_targets_are_the_live_ones_up_to_their_codes(teacher, kind, error):
+    live = LiveTargets(teacher, MASK, 4)(live_batch())
+    found = CachedTargets()(cached(live, kind))
+    assert set(found) == set(live)
+    assert found["epoch"] == live["epoch"] == 5
+    for name in ("clip_id", "tokens", "patches", "attention"):
+        assert_close(found[name], live[name])
+    assert found["middle"].shape == live["middle"].shape == (3, 3, 14, 176)
+    assert found["pooled"].dtype == torch.float32
+    difference = (found["middle"].float() - live["middle"]).norm(dim=-1).max().item()
+    assert 0 < difference < error
+    assert_close(found["pooled"], live["pooled"], rtol=0, atol=2e-4)
