@@ -1,7 +1,5 @@
 """Recipe sections to models: the only place where the two meet."""
 
-from dataclasses import replace
-
 from distill import recipe as schema
 from distill.errors import InputError
 from distill.students import DistillStudent, VideoClassifier, create_classifier, create_student

@@ -6,14 +6,11 @@ photographs (scikit-image's and scikit-learn's) are divided between the splits, 
 image is seen in two of them.
 """
 
-import csv
-import math
+import json
 import os
-import shutil
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from multiprocessing import get_context
+from functools import lru_cache
 from pathlib import Path
 
 import av
@@ -21,6 +18,8 @@ import numpy as np
 from PIL import Image
 
 from distill import draw
+from distill.errors import InputError
+from distill.log import progress
 from distill.recipe import Demo
 
 CLASSES = (
@@ -45,9 +44,11 @@ PHOTOGRAPHS = {  # no two splits share a photograph; the two motorcycle views ar
     "val": ("gravel.png", "rocket.jpg", "moon.png"),
     "test": ("coffee.png", "china.jpg", "ihc.png", "page.png"),
 }  # fmt: skip
-SIZE = 64  # pixels on a side
+SIZE = 48  # pixels on a side
 FRAMES = 16
 FPS = 16
+BACKGROUND_BRIGHTNESS = 0.5  # a bright photograph hides the digit from a small model
+REVISION = 1  # raise when the same settings give other videos
 
 
 @dataclass(frozen=True)
@@ -63,27 +64,23 @@ class Digit:
 def _trajectory(motion: str, rng: np.random.Generator) -> Digit:
     """The forward half of a pair of classes; the other half is this reversed."""
     time = np.linspace(0, 1, FRAMES)
-    side = np.full(FRAMES, rng.uniform(20, 28))
+    side = np.full(FRAMES, rng.uniform(15, 21))
     opacity = np.ones(FRAMES)
-    x, y = (np.full(FRAMES, rng.uniform(18, SIZE - 18)) for _ in range(2))
-    drift = rng.uniform(-5, 5, size=2)
+    x, y = (rng.uniform(14, SIZE - 14) + rng.uniform(-4, 4) * time for _ in range(2))
     if motion in ("right", "down"):
-        length = rng.uniform(14, 30)
-        start = rng.uniform(10, SIZE - 10 - length)
-        along = start + length * time
-        across = rng.uniform(12, SIZE - 12) + drift[0] * time
+        length = rng.uniform(10, 24)
+        along = rng.uniform(8, SIZE - 8 - length) + length * time
+        across = rng.uniform(9, SIZE - 9) + rng.uniform(-4, 4) * time
         x, y = (along, across) if motion == "right" else (across, along)
     elif motion == "clockwise":
-        radius, phase, sweep = rng.uniform(9, 16), rng.uniform(0, 2 * np.pi), rng.uniform(3, 6)
-        x, y = (rng.uniform(radius + 10, SIZE - radius - 10) for _ in range(2))
+        radius, phase, sweep = rng.uniform(7, 12), rng.uniform(0, 2 * np.pi), rng.uniform(3, 6)
+        center_x, center_y = (rng.uniform(radius + 8, SIZE - radius - 8) for _ in range(2))
         angle = phase + sweep * time
-        x, y = x + radius * np.cos(angle), y + radius * np.sin(angle)  # y points down
+        x, y = center_x + radius * np.cos(angle), center_y + radius * np.sin(angle)  # y is down
     elif motion == "grows":
         side = side * np.linspace(rng.uniform(0.6, 0.8), rng.uniform(1.1, 1.4), FRAMES)
-        x, y = x + drift[0] * time, y + drift[1] * time
     elif motion == "appears":
         opacity = np.clip((time - rng.uniform(0.2, 0.7)) / 0.15, 0, 1)
-        x, y = x + drift[0] * time, y + drift[1] * time
     return Digit(x, y, side, opacity)
 
 
@@ -95,28 +92,21 @@ def render_clip(label: int, split: str, *, number: int, seed: int) -> np.ndarray
     rng = draw.generator("moving-digits", seed, split, number)
     background = _background(split, rng)
     frames = np.repeat(background[None], FRAMES, axis=0)
-    for motion in (MOTIONS[label // 2],):
-        image = _digit(split, rng)
-        path = _still(rng) if motion is None else _trajectory(motion, rng)
-        color = rng.uniform(170, 255, size=3)
-        strength = rng.uniform(0.85, 1.0)
-        for time in range(FRAMES):
-            _paste(frames[time], image, color, path, time, strength)
+    image, path = _digit(split, rng), _trajectory(MOTIONS[label // 2], rng)
+    color = rng.uniform(150, 255, size=3)
+    for time in range(FRAMES):
+        _paste(frames[time], image, color, path, time)
     if label % 2:
         frames = frames[::-1]
-    noise = rng.normal(0, 4, size=frames.shape)
-    return np.clip(np.rint(frames + noise), 0, 255).astype(np.uint8)
+    return np.clip(np.rint(frames), 0, 255).astype(np.uint8)
 
 
-def _still(rng: np.random.Generator) -> Digit:
-    x, y, side = rng.uniform(12, SIZE - 12), rng.uniform(12, SIZE - 12), rng.uniform(14, 24)
-    return Digit(*(np.full(FRAMES, value) for value in (x, y, side, 1.0)))
-
-
-def _paste(frame, image: Image.Image, color, path: Digit, time: int, strength: float) -> None:
+def _paste(
+    frame: np.ndarray, image: Image.Image, color: np.ndarray, path: Digit, time: int
+) -> None:
     side = max(4, round(path.side[time]))
     alpha = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC), np.float32) / 255
-    alpha = alpha[..., None] * strength * path.opacity[time]
+    alpha = alpha[..., None] * path.opacity[time]
     left, top = round(path.x[time] - side / 2), round(path.y[time] - side / 2)
     x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + side, SIZE), min(top + side, SIZE)
     if x0 >= x1 or y0 >= y1:
@@ -172,4 +162,73 @@ def _background(split: str, rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 0.5:
         crop = crop[:, ::-1]
     resized = Image.fromarray(crop.astype(np.uint8)).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
-    return np.asarray(resized, np.float32) * 0.45
+    return np.asarray(resized, np.float32) * BACKGROUND_BRIGHTNESS
+
+
+def make_demo(demo: Demo) -> None:
+    """Write the set's mp4 files and its train.csv, val.csv and test.csv (path,label).
+
+    Goes on where an earlier call was stopped and does nothing where the set is complete; raises
+    InputError if the folder holds a set made with other settings.
+    """
+    folder = Path(demo.folder)
+    settings = demo.model_dump(exclude={"folder"}) | {"revision": REVISION}
+    stamp = folder / "demo.json"
+    if stamp.exists():
+        if json.loads(stamp.read_text()) != settings:
+            raise InputError(
+                f"{folder}: holds a set made with other settings ({stamp.read_text().strip()}); "
+                "delete it, or set data.demo.folder to another place"
+            )
+        return
+    clips = [
+        (split, number)
+        for split in SPLITS
+        for number in range(getattr(demo, f"{split}_clips"))
+        if not _video_path(folder, split, number).exists()
+    ]
+    for split in SPLITS:
+        (folder / "videos" / split).mkdir(parents=True, exist_ok=True)
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,  # the encoder works outside Python's lock
+        progress("make videos", total=len(clips), unit="clips") as bar,
+    ):
+        for _ in pool.map(lambda clip: _make_clip(folder, *clip, seed=demo.seed), clips):
+            bar.advance()
+    for split in SPLITS:
+        lines = (
+            f"{_video_path(Path(), split, number).as_posix()},{number % len(CLASSES)}\n"
+            for number in range(getattr(demo, f"{split}_clips"))
+        )
+        _write_text(folder / f"{split}.csv", "".join(lines))
+    _write_text(stamp, json.dumps(settings))
+
+
+def _video_path(folder: Path, split: str, number: int) -> Path:
+    return folder / "videos" / split / f"{number:06d}.mp4"
+
+
+def _make_clip(folder: Path, split: str, number: int, *, seed: int) -> None:
+    frames = render_clip(number % len(CLASSES), split, number=number, seed=seed)
+    write_video(_video_path(folder, split, number), frames)
+
+
+def write_video(path: Path, frames: np.ndarray) -> None:
+    """Encode uint8 frames [T,H,W,3] as H.264 in mp4; complete or not there at all."""
+    unfinished = path.with_suffix(".unfinished")
+    with av.open(str(unfinished), "w", format="mp4") as container:
+        stream = container.add_stream(
+            "libx264", rate=FPS, options={"crf": "20", "threads": "1", "preset": "veryfast"}
+        )
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    os.replace(unfinished, path)
+
+
+def _write_text(path: Path, text: str) -> None:
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
