@@ -50,8 +50,12 @@ def write(
     container: dict[str, str] | None = None,
     ticks: list[int] | None = None,
     rotation: int = 0,
+    matrix: tuple[int, int, int, int] | None = None,
 ) -> Path:
-    """Encode frames 0..num_frames-1; `ticks` are their pts in 1/1000 s where not evenly spaced."""
+    """Encode frames 0..num_frames-1; `ticks` are their pts in 1/1000 s where not evenly spaced.
+
+    `rotation` (degrees) and `matrix` (x' = a x + c y, y' = b x + d y) only say how to show them.
+    """
     with av.open(str(path), "w", options=container or {}) as output:
         stream = output.add_stream(codec, rate=fps, options=options or {})
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
@@ -60,6 +64,9 @@ def write(
         stream.codec_context.time_base = time_base
         if rotation:
             stream.set_display_rotation(rotation)
+        if matrix:
+            a, b, c, d = (value * 65536 for value in matrix)  # 16.16 fixed point
+            stream.set_display_matrix([a, b, 0, c, d, 0, 0, 0, 1 << 30])
         for number in range(num_frames):
             frame = av.VideoFrame.from_ndarray(burn(number, width=width, height=height), "rgb24")
             frame.pts = ticks[number] if ticks else number
@@ -71,3 +78,6 @@ def write(
 
 OPEN_GOP = {"g": "12", "bf": "3", "x264-params": "open-gop=1:scenecut=0:b-adapt=0"}
 HEVC_OPEN_GOP = {"x265-params": "open-gop=1:keyint=12:min-keyint=12:bframes=3:log-level=none"}
+INTRA_REFRESH = {"g": "15", "x264-params": "intra-refresh=1:bframes=0"}
+UNEVEN = [40 * i + 13 * (i % 3) + 500 * (i // 20) for i in range(60)]
+SHIFTED = [2500 + 40 * i for i in range(60)]

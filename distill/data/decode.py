@@ -192,7 +192,9 @@ def _open_stream(path: str):
         with av.open(path, metadata_errors="replace") as container:
             stream = container.streams.best("video")
             if stream is None:
-                raise InputError(f"{path}: there is no video in the file")
+                raise InputError(
+                    f"{path}: there is no video in the file: it has only sound, or is cut off"
+                )
             if stream.codec_context is None:
                 raise InputError(f"{path}: no decoder for its video codec")
             stream.codec_context.thread_count = 1
@@ -264,6 +266,8 @@ def _doubt_decord(
         return "it counts frames that the edit list hides"
     if matrix != _UPRIGHT:
         return "the video is turned by its display matrix"
+    if not all(packet.is_whole for packet in found):
+        return "the file is damaged, which it does not notice"
     if not packets.has_only_closed_gops(found):
         return "it misplaces frames where a GOP is open or starts without a whole picture"
     return None
@@ -341,8 +345,11 @@ def _pixels(frame: av.VideoFrame, index: _Index, where: str) -> np.ndarray:
 
 def _describe(packet: av.Packet, codec: str, extradata: bytes | None) -> packets.Packet:
     is_start = is_closed = packet.is_keyframe
-    if is_start and codec == "h264":
-        entry = packets.h264_entry(bytes(packet), extradata)
+    is_whole = True
+    if codec == "h264":
+        data = bytes(packet)
+        is_whole = packets.h264_is_whole(data, extradata)
+        entry = packets.h264_entry(data, extradata) if is_start else None
         is_start, is_closed = entry is not None, entry == "idr"
     return packets.Packet(
         pts=packet.pts,
@@ -351,6 +358,7 @@ def _describe(packet: av.Packet, codec: str, extradata: bytes | None) -> packets
         is_start=is_start,
         is_closed=is_closed,
         is_hidden=packet.is_discard,
+        is_whole=is_whole,
     )
 
 

@@ -13,6 +13,8 @@ from typing import Literal
 import numpy as np
 
 _SLICE_IDR, _SEI, _RECOVERY_POINT = 5, 6, 6
+_LAST_TYPE = 23  # of a unit in a file; above are those of network packets
+_ZEROS = b"\0\0\0"
 _START_CODE = re.compile(rb"\x00\x00\x01")
 
 
@@ -21,7 +23,7 @@ class Packet:
     """One packet of a video stream, its times in ticks of the stream's time base.
 
     `is_start`: decoding may begin here. `is_closed`: and nothing later needs what came before.
-    `is_hidden`: an edit list keeps its frame from being shown.
+    `is_hidden`: an edit list keeps its frame from being shown. `is_whole`: no damage shows.
     """
 
     pts: int | None
@@ -30,6 +32,7 @@ class Packet:
     is_start: bool
     is_closed: bool
     is_hidden: bool
+    is_whole: bool
 
 
 def starts(packets: list[Packet]) -> tuple[np.ndarray, np.ndarray]:
@@ -64,6 +67,23 @@ def has_only_closed_gops(packets: list[Packet]) -> bool:
     return True
 
 
+def h264_is_whole(packet: bytes, extradata: bytes | None) -> bool:
+    """Whether a packet can be what an encoder wrote, as far as that shows without decoding.
+
+    Its units fill it, have a known type, and hold no three zeros in a row, which H.264 forbids:
+    that is what a hole in a file is made of.
+    """
+    units = list(_units(packet, extradata))
+    if _prefix_bytes(extradata) is not None:
+        size_bytes = sum(len(unit) + _prefix_bytes(extradata) for unit in units)
+        if size_bytes != len(packet):
+            return False
+    return bool(units) and all(
+        0 < unit[0] & 31 <= _LAST_TYPE and unit[0] < 128 and _ZEROS not in unit.rstrip(b"\0")
+        for unit in units
+    )
+
+
 def h264_entry(packet: bytes, extradata: bytes | None) -> Literal["idr", "recovery"] | None:
     """How decoding may begin at this packet.
 
@@ -82,20 +102,26 @@ def h264_entry(packet: bytes, extradata: bytes | None) -> Literal["idr", "recove
 
 
 def _units(packet: bytes, extradata: bytes | None) -> Iterator[bytes]:
-    if not extradata or extradata[0] != 1:  # not an AVCDecoderConfigurationRecord
+    prefix_bytes = _prefix_bytes(extradata)
+    if prefix_bytes is None:
         starts = [match.end() for match in _START_CODE.finditer(packet)]
         for start, end in zip(starts, [*starts[1:], len(packet) + 3], strict=True):
             if start < end - 3:
                 yield packet[start : end - 3]
         return
-    prefix_bytes = (extradata[4] & 3) + 1 if len(extradata) > 4 else 4
     start = 0
     while start + prefix_bytes < len(packet):
         size_bytes = int.from_bytes(packet[start : start + prefix_bytes], "big")
         start += prefix_bytes
-        if size_bytes:
+        if 0 < size_bytes <= len(packet) - start:
             yield packet[start : start + size_bytes]
         start += size_bytes
+
+
+def _prefix_bytes(extradata: bytes | None) -> int | None:
+    """Bytes of the length before each unit, or None where start codes separate them."""
+    is_record = extradata and len(extradata) > 4 and extradata[0] == 1
+    return (extradata[4] & 3) + 1 if is_record else None  # AVCDecoderConfigurationRecord
 
 
 def _recovers_at_once(payloads: bytes) -> bool:

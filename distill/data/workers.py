@@ -36,24 +36,35 @@ _TICK_SECONDS = 1.0
 class Quarantine:
     """Clips that cannot be decoded, with the reason, in memory and as lines of JSON at `path`.
 
-    `entries` maps clip ids to reasons, those of earlier runs included.
+    `entries` are dicts with id, name, path, line and reason, those of earlier runs included.
     """
 
     def __init__(self, path: Path | None, *, total: int, max_share: float):
         self.path = path
-        self.entries: dict[int, str] = {}
+        self.entries: list[dict[str, int | str]] = []
         self._total = total
         self._max_share = max_share
         if path is not None and path.exists():
             self.entries = _read_entries(path)
+        self._ids = {entry["id"] for entry in self.entries}
+
+    def __contains__(self, clip: Clip) -> bool:
+        return clip.id in self._ids
 
     def add(self, clip: Clip, reason: str) -> None:
         """Record a clip. Raises `StateError` once more than the allowed share is in."""
-        if clip.id in self.entries:
+        if clip in self:
             return
-        self.entries[clip.id] = reason
+        entry = {
+            "id": clip.id,
+            "name": clip.name,
+            "path": clip.path,
+            "line": clip.line,
+            "reason": reason,
+        }
+        self._ids.add(clip.id)
+        self.entries.append(entry)
         if self.path is not None:
-            entry = {"id": clip.id, "name": clip.name, "line": clip.line, "reason": reason}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
@@ -65,18 +76,18 @@ class Quarantine:
             )
 
 
-def _read_entries(path: Path) -> dict[int, str]:
+def _read_entries(path: Path) -> list[dict[str, int | str]]:
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):  # a killed run left half a line
         path.write_bytes(whole)
     try:
         entries = [json.loads(line) for line in whole.splitlines()]
-        return {int(entry["id"]): str(entry["reason"]) for entry in entries}
+        if all(isinstance(entry["id"], int) for entry in entries):
+            return entries
     except (ValueError, KeyError, TypeError):
-        raise InputError(
-            f"{path}: not a quarantine list; remove it to try all clips again"
-        ) from None
+        pass
+    raise InputError(f"{path}: not a quarantine list; remove it to try all clips again")
 
 
 class ClipLoader:
@@ -196,7 +207,7 @@ class _Pool(threading.Thread):
             batch = self._inbox.popleft()
             self._open.append(batch)
             for slot, task in enumerate(batch.tasks):
-                if task.clip.id in self._quarantine.entries:
+                if task.clip in self._quarantine:
                     batch.num_missing -= 1
                 else:
                     self._pending.append((batch, slot))
