@@ -143,9 +143,7 @@ def plan(
     overrides: OverridesArgument = None,
     tflops: Annotated[
         float | None,
-        typer.Option(
-            min=1e-3, help="What your device sustains, for the hours.", show_default="400"
-        ),
+        typer.Option(min=1, help="What a device sustains, for the hours: 400.", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -219,6 +217,10 @@ def _load(
     ]
     if lines:
         raise InputError("\n".join(lines))
+    for demo in dict.fromkeys(one.data.demo for one in stages.values() if one.data.demo):
+        from distill.data.demo import make_demo
+
+        make_demo(demo)
     return loaded
 
 
@@ -254,7 +256,7 @@ def _resolved(recipe: "Recipe", loaded: "Recipe | Study") -> "Recipe":
 @contextmanager
 def _clean_exit() -> Iterator[None]:
     """Errors of the person at the shell as lines; SIGTERM as an exception, so that workers end."""
-    signal.signal(signal.SIGTERM, _terminate)
+    before = signal.signal(signal.SIGTERM, _terminate)
     from distill.students.warmstart import WeightsError
 
     try:
@@ -265,6 +267,8 @@ def _clean_exit() -> Iterator[None]:
     except KeyboardInterrupt:
         _print_plain("Interrupted; the same command goes on from here.", stderr=True)
         raise typer.Exit(128 + signal.SIGINT) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _terminate(signum: int, _: object) -> NoReturn:

@@ -126,8 +126,9 @@ def record_bytes(recipe: Recipe) -> dict[str, int]:
 def activation_bytes(recipe: Recipe) -> int:
     """Bytes per clip that a student's forward keeps for its backward; an estimate.
 
-    Of a block: its input, its middle and the two LayerScale inputs in float32, and in the
-    compute precision what the linears, GELU and attention take.
+    Of a block with fused norms, as on a GPU: its input, its middle, both LayerScale inputs and,
+    in half precision, q and k before their norms, all in float32; and in the compute precision
+    what the linears, GELU and attention take.
     """
     size = resolve_size(vit_size(recipe.model.size))
     width, hidden = size.width, int(size.width * size.mlp_ratio)
@@ -135,7 +136,8 @@ def activation_bytes(recipe: Recipe) -> int:
     tokens = num_tokens(recipe)[1] + 1
     section = recipe.objective
     kept = max(size.depth - recipe.model.checkpoint_blocks, 0)
-    per_token = kept * (4 * 4 * width + byte * (8 * width + 2 * hidden))
+    float32 = 4 if byte == 4 else 6
+    per_token = kept * (4 * float32 * width + byte * (8 * width + 2 * hidden))
     per_token += (size.depth - kept) * 4 * width
     if not isinstance(section, Distill):
         return tokens * per_token if section.trainable == "all" else 0

@@ -121,6 +121,8 @@ def _unknown(model: type[Section], tree: Any, keys: Keys) -> str:
         ]
     names = [name for section in sections for name in section.model_fields]
     elsewhere = [path for path in _schema_paths(model) if path.split(".")[-1] == keys[-1]]
+    if ".".join(keys) in elsewhere and isinstance(tree, dict) and "kind" in tree:
+        return f"is no setting of kind {tree['kind']!r}"
     hint = nearest(keys[-1], names)
     if not hint and elsewhere:
         hint = f", did you mean {' or '.join(repr(path) for path in elsewhere)}?"

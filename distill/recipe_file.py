@@ -145,11 +145,11 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         names = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for (key, _), name in zip(node.value, names, strict=True):
+        for place, ((key, _), name) in enumerate(zip(node.value, names, strict=True)):
             if not isinstance(name, str):
                 problem = f"{key.value!r} is read as {name!r}, but a key must be a name"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            if names.count(name) > 1:
+            if name in names[:place]:
                 problem = f"{name!r} is given twice"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
         return super().construct_mapping(node, deep=deep)

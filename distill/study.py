@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from distill.checkpoint import write_json
+from distill.checkpoint import latest_checkpoint, write_json
 from distill.errors import StateError
 from distill.recipe import Distill, Recipe, Study, Weights
 from distill.recipe_check import STAGE
@@ -17,7 +17,7 @@ def run_study(study: Study) -> dict[str, Any]:
     """Run the stages in order, each in a folder below the study's, and write summary.json there.
 
     Finished stages only give their summary again. Raises what `train` raises, and StateError for
-    a finished stage that began from weights that have been trained anew since.
+    a stage that began from weights that have been trained anew since.
     """
     folder = Path(study.run.folder)
     summaries: dict[str, dict[str, Any]] = {}
@@ -25,8 +25,9 @@ def run_study(study: Study) -> dict[str, Any]:
     for name, recipe in study.stages.items():
         place = Path(recipe.run.folder)
         is_finished = (place / "summary.json").exists()
+        has_begun = is_finished or latest_checkpoint(place / "checkpoints")
         stale = stages_used(recipe) & renewed
-        if is_finished and stale:
+        if has_begun and stale:
             raise StateError(
                 f"{place}: began from {folder / min(stale)}, which has been trained anew since; "
                 f"delete {place} to train it again"

@@ -1,0 +1,269 @@
+"""The command line: exit codes, one-line errors, help. Few subprocesses, as torch loads slowly."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from distill.cli import app
+from distill.errors import StateError
+
+CLASSIFY = """\
+data:
+  train: {list: train.csv}
+  test: {list: test.csv}
+model:
+  size: {width: 96, depth: 2, heads: 2}
+objective: {kind: classify, num_classes: 5}
+optim: {lr: 1e-3, batch_size: 8, epochs: 2}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.fixture
+def recipe():
+    Path("r.yaml").write_text(CLASSIFY)
+    for name in ("train.csv", "test.csv"):
+        Path(name).write_text("a.mp4 1\nb.mp4 2\n")
+    return "r.yaml"
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def shell(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "distill", *arguments], capture_output=True, text=True
+    )
+
+
+def test_fresh_clone_names_every_missing_input():
+    done = shell("train", "recipes/L14.yaml")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    first, second = done.stderr.splitlines()
+    assert first.startswith("recipes/L14.yaml: data.train.list: not set (")
+    assert first.endswith("set data.train.list=PATH")
+    assert second.startswith("recipes/L14.yaml: objective.teacher.weights.checkpoint: ")
+    assert "huggingface.co/OpenGVLab/InternVideo2-Stage2_1B-224p-f4, which is gated" in second
+    assert second.endswith("set objective.teacher.weights.checkpoint=PATH")
+    assert list(Path().iterdir()) == []
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, distill.cli; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_interrupt_ends_with_its_exit_code():
+    code = (
+        "import os, signal, sys, distill.evaluate as module\n"
+        "number = int(sys.argv.pop())\n"
+        "def wait(*_):\n"
+        "    os.kill(os.getpid(), number)\n"
+        "    signal.pause()\n"
+        "module.evaluate_recipe = wait\n"
+        "sys.argv[1:] = ['evaluate', 'r.yaml', '--checkpoint', 'r.yaml']\n"
+        "from distill.cli import main\n"
+        "main()\n"
+    )
+    Path("r.yaml").write_text(CLASSIFY)
+    Path("test.csv").write_text("a.mp4 1\n")
+    for number, exit_code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(int(number))], capture_output=True, text=True
+        )
+        assert done.returncode == exit_code
+        assert "Traceback" not in done.stderr
+
+
+def test_help_names_every_command():
+    result = run("--help")
+    assert result.exit_code == 0
+    for command in ("train", "cache-teacher", "evaluate", "plan", "schema"):
+        assert f"│ {command} " in result.output
+    assert "run the teacher once" in result.output
+
+
+@pytest.mark.parametrize("command", ["train", "cache-teacher", "evaluate", "plan"])
+def test_help_of_a_command_explains_recipe_and_overrides(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert "A recipe file, or the name of a shipped one" in result.output
+    assert "SECTION.KEY=VALUE" in result.output
+
+
+@pytest.mark.parametrize("command", ["train", "cache-teacher", "evaluate", "plan"])
+def test_bare_command_suggests_a_recipe(command):
+    result = run(command)
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"name a recipe, as in: distill {command} quickstart (shipped: B14, L14")
+
+
+def test_mistake_in_a_recipe_is_one_line(recipe):
+    Path(recipe).write_text(CLASSIFY.replace("lr: 1e-3", "lr: 1e-3, lrr: 2"))
+    result = run("train", recipe)
+    assert result.exit_code == 2
+    assert result.stderr == "r.yaml: optim.lrr: unknown key, did you mean 'lr'?\n"
+
+
+def test_unknown_recipe_and_option_have_the_same_exit_code():
+    result = run("plan", "L15")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("L15: no such file, did you mean 'L14'?")
+    assert run("plan", "L14", "--nosuch").exit_code == 2
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_missing_list_is_found_before_anything_is_written(recipe, command):
+    Path("test.csv").unlink()
+    before = sorted(Path().iterdir())
+    result = run(command, recipe)
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "r.yaml: data.test.list: test.csv: no such file; set data.test.list=PATH\n"
+    )
+    assert sorted(Path().iterdir()) == before
+
+
+def test_wrong_state_is_one_line_and_bugs_are_tracebacks(recipe, monkeypatch):
+    def refuse(*_):
+        raise StateError("runs/r: was started with other settings")
+
+    monkeypatch.setattr("distill.train.train", refuse)
+    result = run("train", recipe)
+    assert (result.exit_code, result.stderr) == (2, "runs/r: was started with other settings\n")
+
+    def fail(*_):
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr("distill.train.train", fail)
+    result = run("train", recipe)
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+def test_train_passes_recipe_and_folder_and_shows_the_scores(recipe, monkeypatch):
+    calls = []
+
+    def train(loaded, folder):
+        calls.append((loaded.optim.lr, folder))
+        scores = {"top1": 12.5, "top5": 62.5, "seconds": 1.0}
+        return {"parameters": 42, "train_seconds": 3.0, "evaluation": scores}
+
+    monkeypatch.setattr("distill.train.train", train)
+    result = run("train", recipe, "optim.lr=5e-4", "run.folder=out")
+    assert result.exit_code == 0
+    assert calls == [(5e-4, Path("out"))]
+    assert "12.50" in result.output
+    assert "62.50" in result.output
+
+
+def test_train_runs_a_study(recipe, monkeypatch):
+    text = CLASSIFY + "stages: {a: {}, b: {model: {weights: {checkpoint: 'stage:a'}}}}\n"
+    Path("s.yaml").write_text(text)
+    folders = []
+
+    def train(loaded, folder):
+        folder.mkdir(parents=True)
+        folders.append(str(folder))
+        return {"parameters": 42, "train_seconds": 3.0, "evaluation": None}
+
+    monkeypatch.setattr("distill.study.train", train)
+    assert run("train", "s.yaml").exit_code == 0
+    assert folders == ["runs/s/a", "runs/s/b"]
+
+
+def test_cache_teacher_passes_its_limit(monkeypatch):
+    class Report:
+        def lines(self):
+            return ["cache c: 3 of 3 records"]
+
+    calls = []
+
+    def build(loaded, *, limit):
+        calls.append((loaded.name, limit))
+        return Report()
+
+    monkeypatch.setattr("distill.cache.build.build_cache", build)
+    Path("l.csv").write_text("a.mp4 1\n")
+    overrides = ["data.train.list=l.csv", "objective.teacher.weights.checkpoint=l.csv"]
+    result = run("cache-teacher", "S14", *overrides, "--limit", "3")
+    assert result.exit_code == 0
+    assert calls == [("S14", 3)]
+    assert "cache c: 3 of 3 records" in result.output
+    assert run("cache-teacher", "S14", "--limit", "0").exit_code == 2
+
+
+def test_evaluate_takes_the_runs_own_weights_or_those_given(recipe, monkeypatch):
+    calls = []
+
+    def evaluate_recipe(loaded, path):
+        calls.append(str(path))
+        scores = {"top1": 50.0, "top5": 75.0, "top1_of_read": 60.0, "top5_of_read": 90.0}
+        return {**scores, "num_clips": 10, "num_missing": 2}
+
+    monkeypatch.setattr("distill.evaluate.evaluate_recipe", evaluate_recipe)
+    result = run("evaluate", recipe)
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "runs/r/model.safetensors: no such file; train first, or give --checkpoint FILE\n"
+    )
+    Path("w.safetensors").write_text("")
+    result = run("evaluate", recipe, "--checkpoint", "w.safetensors")
+    assert result.exit_code == 0
+    assert calls == ["w.safetensors"]
+    rows = [line.strip("│ ").split("│") for line in result.output.splitlines() if "clips" in line]
+    assert [[cell.strip() for cell in row] for row in rows[1:]] == [
+        ["all clips", "50.00", "75.00", "10"],
+        ["clips that could be read", "60.00", "90.00", "8"],
+    ]
+
+
+def test_evaluate_asks_which_stage_of_a_study(recipe):
+    Path("s.yaml").write_text(CLASSIFY + "stages: {a: {}, b: {}}\n")
+    result = run("evaluate", "s.yaml")
+    assert (result.exit_code, result.stderr) == (2, "s: choose one with --stage: a, b\n")
+    result = run("evaluate", "s.yaml", "--stage", "b")
+    assert result.stderr.startswith("runs/s/b/model.safetensors: no such file")
+    result = run("evaluate", recipe, "--stage", "b")
+    assert result.stderr == "r: has no stages; leave --stage\n"
+
+
+def test_plan_prints_a_table_and_json():
+    result = run("plan", "L14")
+    assert result.exit_code == 0
+    for text in ("0.8376 TFLOP", "0.8415 TFLOP", "5.101 TFLOP", "327,183,872", "peak 0.008"):
+        assert text in result.output
+    result = run("plan", "L14", "--json", "--tflops", "800")
+    figures = json.loads(result.output)
+    assert figures["steps"] == 53_800
+    assert figures["sustained_tflops"] == 800
+    assert figures["cache"]["record_bytes"]["codes"] == 3_472_128
+
+
+def test_plan_of_a_study_has_a_part_for_each_stage(recipe):
+    Path("s.yaml").write_text(CLASSIFY + "stages: {a: {}, b: {optim: {epochs: 5}}}\n")
+    figures = json.loads(run("plan", "s.yaml", "--json").output)
+    assert {name: part["steps"] for name, part in figures.items()} == {"a": 2, "b": 5}
+
+
+def test_schema_is_json():
+    schema = json.loads(run("schema").output)
+    assert schema["properties"]["optim"]["$ref"] == "#/$defs/Optim"
+
+
+def test_termination_handler_is_put_back(recipe):
+    before = signal.getsignal(signal.SIGTERM)
+    run("plan", recipe)
+    assert signal.getsignal(signal.SIGTERM) == before

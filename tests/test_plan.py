@@ -1,0 +1,142 @@
+"""`distill plan` against the figures of the published models and runs."""
+
+import pytest
+
+from distill.errors import InputError
+from distill.plan import make_plan, plan_rows
+from distill.recipe_file import load_recipe
+
+
+@pytest.fixture(scope="module")
+def plans():
+    return {name: make_plan(load_recipe(name)) for name in ("S14", "B14", "L14")}
+
+
+@pytest.mark.parametrize(
+    ("name", "peak_lr", "floor_lr", "steps_per_epoch", "steps"),
+    [
+        ("S14", 0.016, 1.6e-4, 269, 26_900),
+        ("B14", 0.016, 1.6e-4, 269, 26_900),
+        ("L14", 0.008, 8e-5, 538, 53_800),
+    ],
+)
+def test_schedules_are_the_published_ones(plans, name, peak_lr, floor_lr, steps_per_epoch, steps):
+    plan = plans[name]
+    assert plan.clips == 1_100_000
+    assert plan.epochs == 100
+    assert plan.peak_lr == pytest.approx(peak_lr)
+    assert plan.floor_lr == pytest.approx(floor_lr)
+    assert (plan.steps_per_epoch, plan.steps) == (steps_per_epoch, steps)
+    assert plan.warmup_steps == 20 * steps_per_epoch
+
+
+def test_the_last_batch_is_what_the_full_ones_leave(plans):
+    # 268 full batches, as upstream's schedule counts them, and the rest that its loader adds.
+    assert plans["S14"].last_batch == 1_100_000 - 268 * 4096
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "forward", "step", "step_as_published", "share"),
+    [
+        ("S14", 29_169_792, 0.0244, 0.0730, 0.0745, 0.986),
+        ("B14", 102_252_288, 0.0856, 0.2565, 0.2595, 0.952),
+        ("L14", 327_183_872, 0.2793, 0.8376, 0.8415, 0.859),
+    ],
+)
+def test_models_and_flops_are_the_published_ones(
+    plans, name, parameters, forward, step, step_as_published, share
+):
+    plan = plans[name]
+    assert plan.parameters == parameters
+    assert plan.tokens == 411
+    assert plan.forward_tflop == pytest.approx(forward, abs=5e-5)
+    assert plan.step_tflop == pytest.approx(step, abs=5e-5)
+    assert plan.teacher.step_tflop_all_embedded == pytest.approx(step_as_published, abs=5e-5)
+    assert plan.teacher.parameters == 1_020_708_608
+    assert plan.teacher.forward_tflop == pytest.approx(5.101, abs=5e-4)
+    live = plan.teacher.forward_tflop + plan.step_tflop
+    assert plan.teacher.forward_tflop / live == pytest.approx(share, abs=5e-4)
+
+
+def test_bytes_of_the_cache_are_counted_by_field(plans):
+    cache = plans["L14"].cache
+    assert cache.record_bytes == {
+        "tokens": 820,
+        "patches": 241_080,
+        "codes": 3_472_128,
+        "scales": 9_864,
+        "pooled": 1_536,
+        "attention": 8_192,
+    }
+    assert cache.view_bytes == 3_733_620
+    assert cache.total_bytes == 3_733_620 * 1_100_000 * 8
+    half = make_plan(load_recipe("L14", ["objective.cache.codes=fp16"])).cache
+    assert half.record_bytes["codes"] == 6_944_256
+    assert "scales" not in half.record_bytes
+
+
+def test_cache_breaks_even_after_as_many_epochs_as_it_has_views(plans):
+    plan = make_plan(load_recipe("B14", ["optim.epochs=8", "optim.warmup_epochs=0"]))
+    assert plan.cache.break_even_epoch == 8
+    assert plan.cache.build_hours + plan.hours == pytest.approx(plan.teacher.live_hours)
+    plan = plans["B14"]
+    assert plan.teacher.live_hours / (plan.cache.build_hours + plan.hours) == pytest.approx(
+        100 * (5.1014 + 0.2565) / (8 * 5.1014 + 100 * 0.2565), rel=1e-3
+    )
+
+
+def test_hours_are_flops_over_what_a_device_sustains(plans):
+    cache = plans["S14"].cache
+    assert cache.build_hours == pytest.approx(8 * 1.1e6 * 5.1014 / 400 / 3600, rel=1e-4)
+    slow = make_plan(load_recipe("S14"), sustained_tflops=100)
+    assert slow.cache.build_hours == pytest.approx(4 * cache.build_hours)
+    assert slow.hours == pytest.approx(4 * plans["S14"].hours)
+
+
+def test_memory_holds_the_optimiser_and_one_micro_batch(plans):
+    plan = make_plan(load_recipe("L14", ["optim.micro_batch=1"]))
+    assert plan.memory_gb == pytest.approx(16 * 327_183_872 / 1e9, abs=1)
+    assert 5 * plan.memory_gb < plans["L14"].memory_gb < 80
+    assert plan.cache.build_memory_gb == pytest.approx(4 * 1.0207, abs=3)
+
+
+def test_live_targets_need_the_teacher_beside_the_student(plans):
+    live = make_plan(load_recipe("S14", ["objective.targets=live"]))
+    assert live.cache is None
+    assert live.memory_gb > plans["S14"].memory_gb + 4 * 1.0207
+
+
+def test_clips_are_counted_in_the_list(tmp_path):
+    path = tmp_path / "clips.csv"
+    path.write_text("".join(f"clip{number}.mp4 0\n" for number in range(5000)))
+    plan = make_plan(load_recipe("S14", [f"data.train.list={path}"]))
+    assert (plan.clips, plan.steps_per_epoch, plan.last_batch) == (5000, 2, 904)
+
+
+def test_share_counts_and_unknown_clips_are_refused():
+    assert make_plan(load_recipe("S14", ["data.train.share=0.5"])).clips == 550_000
+    with pytest.raises(InputError, match=r"^S14: data\.train: the number of clips is not known"):
+        make_plan(load_recipe("S14", ["data.train.num_clips=null"]))
+
+
+def test_classifiers_have_neither_teacher_nor_cache():
+    recipe = load_recipe("S14")
+    data = recipe.model_dump()
+    data["objective"] = {"kind": "classify", "num_classes": 400}
+    plan = make_plan(type(recipe).model_validate(data))
+    assert (plan.teacher, plan.cache) == (None, None)
+    assert plan.parameters == 23_352_976
+    assert plan.tokens == 2049
+    assert plan.forward_tflop == pytest.approx(0.1665, abs=5e-5)
+    assert [label for label, _ in plan_rows(plan)][-2:] == ["time", "  training"]
+
+
+def test_rows_say_it_in_words(plans):
+    rows = dict(plan_rows(plans["L14"]))
+    assert rows["steps"] == "100 epochs of 538 steps, the last one of 224 clips: 53,800"
+    assert rows["learning rate"] == "peak 0.008 after 10,760 steps, floor 8e-05"
+    assert rows["model"] == "L14: 327,183,872 parameters, 411 tokens a clip"
+    assert rows["training step"] == "0.8376 TFLOP a clip, of which forward 0.2793"
+    assert rows["as published"].startswith("0.8415 TFLOP a clip")
+    assert rows["cache"] == "32.86 TB for 8 views of every clip"
+    assert rows["break-even"] == "after epoch 8 of 100"
