@@ -119,7 +119,8 @@ def collate(items: Sequence[tuple[Task, View]]) -> "dict[str, Tensor]":
 class ClipBatches:
     """Training batches from videos, in an order drawn from (seed, epoch).
 
-    Epoch e uses view e, or e mod `views_per_clip`. Clips that cannot be decoded go to the
+    Epoch e uses view e, or e mod `views_per_clip`; views are
+    drawn with `views_seed`, by default `seed`. Clips that cannot be decoded go to the
     quarantine and are left out of their batches, which keep their places; only a batch that
     loses all its clips takes the next one in the order instead.
     """
@@ -133,6 +134,7 @@ class ClipBatches:
         seed: int,
         views_per_clip: int | None,
         quarantine: Quarantine,
+        views_seed: int | None = None,
     ):
         if not clips:
             raise InputError("there are no clips to train with: data.train.list names none")
@@ -141,7 +143,9 @@ class ClipBatches:
         self._seed = seed
         self._views_per_clip = views_per_clip
         self._loader = ClipLoader(
-            functools.partial(load_task, views=data.views, seed=seed),
+            functools.partial(
+                load_task, views=data.views, seed=seed if views_seed is None else views_seed
+            ),
             workers=data.workers,
             timeout_seconds=data.decode_timeout_seconds,
             quarantine=quarantine,
