@@ -55,9 +55,7 @@ def draw_tokens(
     if mask.kind == "attention":
         if attention is None or attention.shape != scores.shape:
             found = "none" if attention is None else list(attention.shape)
-            raise ValueError(
-                f"an attention mask needs attention {list(scores.shape)}, got {found}"
-            )
+            raise ValueError(f"an attention mask needs attention {list(scores.shape)}, got {found}")
         # Weights that have underflowed are taken last, not never.
         scores = scores + attention.float().clamp(min=torch.finfo(torch.float32).tiny).log()
     return _largest(scores, visible)

@@ -23,9 +23,7 @@ def draw_keep(model: VideoViT, clip_ids: Tensor, *, seed: int, epoch: int) -> Te
     """Drop-path factors [2L,B] of a model in training, drawn from (seed, epoch, clip)."""
     if not model.training or max(model.drop_path_rates) == 0:
         return None
-    uniform = draw.uniform(
-        clip_ids, "drop-path", seed, epoch, count=2 * len(model.drop_path_rates)
-    )
+    uniform = draw.uniform(clip_ids, "drop-path", seed, epoch, count=2 * len(model.drop_path_rates))
     return model.drop_path_keep(uniform.T)
 
 

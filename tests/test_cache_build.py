@@ -232,6 +232,21 @@ def test_a_killed_build_goes_on_and_redoes_nothing(built, videos, tmp_path):
     assert_same_records(records(recipe), records(built[0]))
 
 
+def test_batches_keep_their_places_whatever_is_done_already(videos):
+    clips = read_list(make_recipe(videos, "unused").data.train)
+    wanted = np.array([[1, 1, 0, 1, 0, 0, 1], [0, 1, 1, 1, 1, 1, 1]], bool)
+    batches = cache_build._batches(clips, wanted, size=3)
+    places = [[(clips.index(task.clip), task.view) for task in batch] for batch in batches]
+    assert places == [
+        [(0, 0), (1, 0)],
+        [(3, 0)],
+        [(6, 0)],
+        [(1, 1), (2, 1)],
+        [(3, 1), (4, 1), (5, 1)],
+        [(6, 1)],
+    ]
+
+
 def test_an_interrupt_keeps_what_was_done(videos, tmp_path):
     recipe = make_recipe(videos, tmp_path / "cache")
 
@@ -380,7 +395,9 @@ def loss_curve(recipe, batches, prepare, *, epochs=3):
 @pytest.mark.parametrize(("kind", "tolerance"), [("fp16", 2**-11), ("int8", 2e-3)])
 def test_cached_and_live_training_give_the_same_curve(videos, tmp_path, kind, tolerance):
     """Real files, decoded anew by the live run; two views, so that epoch 2 sees epoch 0's again."""
-    recipe = make_recipe(videos, tmp_path / "cache", cache={"codes": kind})
+    recipe = make_recipe(
+        videos, tmp_path / "cache", cache={"codes": kind, "seed": 5}, run={"seed": 1}
+    )
     build_cache(recipe, progress=no_progress)
     cached, cached_clips = loss_curve(
         recipe,
@@ -396,6 +413,7 @@ def test_cached_and_live_training_give_the_same_curve(videos, tmp_path, kind, to
             batch_size=3,
             seed=recipe.run.seed,
             views_per_clip=2,
+            views_seed=recipe.objective.cache.seed,
             quarantine=Quarantine(None, total=CLIPS, max_share=0.0),
         ),
         LiveTargets(build_teacher(recipe), recipe.objective.mask, recipe.objective.cache.seed),

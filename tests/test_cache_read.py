@@ -1,3 +1,4 @@
+import json
 import re
 import threading
 import tracemalloc
@@ -122,8 +123,16 @@ def test_read_ahead_is_bounded_by_bytes(tmp_path, monkeypatch):
     assert CachedBatches(cache, batch_size=12, seed=0).window == 1
 
 
-def test_leaving_an_epoch_early_stops_its_threads(tmp_path):
+def test_leaving_an_epoch_early_stops_its_threads(tmp_path, monkeypatch):
     ours, _, folder = make(tmp_path)
+    opened = []
+
+    class Noted(ShardReader):
+        def __init__(self, path):
+            opened.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(cache_read, "ShardReader", Noted)
     batches = CachedBatches(Cache.open(folder, ours), batch_size=1, seed=0)
     batches.window = 1
     before = threading.active_count()
@@ -132,6 +141,7 @@ def test_leaving_an_epoch_early_stops_its_threads(tmp_path):
     assert threading.active_count() > before
     epoch.close()
     assert threading.active_count() == before
+    assert len(opened) <= 5, "one is out, one waits, one is being read"
 
 
 def test_waiting_is_counted(tmp_path):
@@ -209,6 +219,15 @@ def test_an_empty_folder_is_one_line(tmp_path):
     message = f"cache {tmp_path / 'none'}: no records there; run 'distill cache-teacher' to make"
     with pytest.raises(StateError, match=re.escape(message)):
         Cache.open(tmp_path / "none", ours)
+
+
+def test_a_list_whose_clips_are_all_in_quarantine_is_one_line(tmp_path):
+    ours, clips, folder = make(tmp_path)
+    (tmp_path / "train.csv").write_text("v/3.mp4,0\n")
+    entry = {"id": clips[3].id, "name": "v/3.mp4", "reason": "empty"}
+    (folder / "quarantine.jsonl").write_text(json.dumps(entry) + "\n")
+    with pytest.raises(StateError, match=r"every clip of .*train.csv is in its quarantine.jsonl"):
+        Cache.open(folder, ours)
 
 
 def test_another_recipes_cache_is_refused(tmp_path):

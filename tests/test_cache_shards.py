@@ -1,3 +1,4 @@
+import inspect
 import json
 import os
 import re
@@ -165,13 +166,14 @@ def test_fields_of_another_shape_are_refused(tmp_path):
 
 WRITER = """
 import sys
-sys.path.insert(0, sys.argv[2])
 from pathlib import Path
-from test_cache_shards import FIELDS, IDENTITY, info, values
-from distill.cache.shards import ShardWriter
+import numpy as np
+from distill.cache.shards import Field, ShardWriter
 
+FIELDS = {fields}
+{functions}
 writer = ShardWriter(
-    Path(sys.argv[1]), fields=FIELDS, identity=IDENTITY, shard_bytes=2000, shard_seconds=99.0
+    Path(sys.argv[1]), fields=FIELDS, identity={identity}, shard_bytes=2000, shard_seconds=99.0
 )
 for clip in range(10**9):
     writer.add(clip, 0, values(clip, 0), info(clip, 0))
@@ -184,14 +186,12 @@ for clip in range(10**9):
 def test_a_killed_writer_leaves_whole_shards_and_one_leftover(tmp_path):
     """Real processes, killed after numbers of records that hit shards at every stage."""
     script, folder = tmp_path / "writer.py", tmp_path / "cache"
-    script.write_text(WRITER)
-    for kill_after in (1, 6, 7, 15, 31):
+    functions = inspect.getsource(values) + inspect.getsource(info)
+    script.write_text(WRITER.format(fields=FIELDS, identity=IDENTITY, functions=functions))
+    for kill_after in (1, 5, 6, 7, 8, 12, 13, 14, 31, 100):
         round_folder = folder / str(kill_after)
         round_folder.mkdir(parents=True)
-        process = subprocess.Popen(
-            [sys.executable, script, round_folder, os.path.dirname(__file__)],
-            stdout=subprocess.PIPE,
-        )
+        process = subprocess.Popen([sys.executable, script, round_folder], stdout=subprocess.PIPE)
         written = len(process.stdout.read(kill_after))
         process.send_signal(signal.SIGKILL)
         written += len(process.stdout.read())

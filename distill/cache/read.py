@@ -66,6 +66,11 @@ class Cache:
             clips = read_list(section, seed=recipe.run.seed)
             clip_ids = np.array([clip.id for clip in clips], np.int64)
         clip_ids = clip_ids[~np.isin(clip_ids, quarantined_ids(folder))]
+        if not len(clip_ids):
+            raise StateError(
+                f"cache {folder}: every clip of {section.list} is in its {QUARANTINE_FILE}, which "
+                "says why; mend the videos and delete that file"
+            )
         rows = np.stack([index.find(clip_ids, view) for view in range(num_views)], axis=1)
         missing = int((rows < 0).sum())
         if missing:
@@ -108,7 +113,7 @@ class Cache:
 def quarantined_ids(folder: Path) -> np.ndarray:
     """Ids int64 of the clips that the build of a cache could not decode."""
     entries = Quarantine(folder / QUARANTINE_FILE, total=1, max_share=1.0).entries
-    return np.array(list(entries), np.int64)
+    return np.array([entry["id"] for entry in entries], np.int64)
 
 
 class CachedBatches:
