@@ -192,9 +192,7 @@ def _open_stream(path: str):
         with av.open(path, metadata_errors="replace") as container:
             stream = container.streams.best("video")
             if stream is None:
-                raise InputError(
-                    f"{path}: there is no video in the file: it has only sound, or is cut off"
-                )
+                raise InputError(f"{path}: there is no video in it: only sound, or it is cut off")
             if stream.codec_context is None:
                 raise InputError(f"{path}: no decoder for its video codec")
             stream.codec_context.thread_count = 1
@@ -331,7 +329,8 @@ def _decode_from(container, stream, index: _Index, start: int, wanted, found, pa
 def _pixels(frame: av.VideoFrame, index: _Index, where: str) -> np.ndarray:
     if frame.is_corrupt:
         raise InputError(f"{where} is damaged")
-    pixels = frame.to_ndarray(format="rgb24")
+    # one thread: a pool of converters started for each frame costs more than it converts
+    pixels = frame.to_ndarray(format="rgb24", threads=1)
     a, b, c, d = index.matrix
     if a == 0:
         pixels = pixels.transpose(1, 0, 2)  # x' = c y, y' = b x
