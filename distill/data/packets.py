@@ -79,8 +79,7 @@ def h264_is_whole(packet: bytes, extradata: bytes | None) -> bool:
         if size_bytes != len(packet):
             return False
     return bool(units) and all(
-        0 < unit[0] & 31 <= _LAST_TYPE and unit[0] < 128 and _ZEROS not in unit.rstrip(b"\0")
-        for unit in units
+        0 < unit[0] & 31 <= _LAST_TYPE and unit[0] < 128 and _ZEROS not in unit for unit in units
     )
 
 

@@ -250,7 +250,8 @@ class _Pool(threading.Thread):
                 worker.deadline += now - before - limit
         for worker in [worker for worker in watched if worker in self._workers]:
             if now > worker.deadline and (worker.job or not worker.is_ready):
-                self._give_up(worker, f"not decoded within {self._timeout_seconds:g} s")
+                limit_seconds = self._timeout_seconds if worker.job else _START_SECONDS
+                self._give_up(worker, f"ended after {limit_seconds:g} s without an answer")
 
     def _hear(self, worker: _Worker) -> None:
         try:
@@ -278,7 +279,7 @@ class _Pool(threading.Thread):
         self._workers.remove(worker)
         if worker.job is not None:
             path = worker.job[0].tasks[worker.job[1]].clip.path
-            self._settle(worker, None, f"{path}: {reason}")
+            self._settle(worker, None, f"{path}: its worker was {reason}")
             return
         self._failed_starts += 1
         if self._failed_starts >= _MAX_FAILED_STARTS:
@@ -313,15 +314,15 @@ def _kill(worker: _Worker) -> None:
 
 def _cannot_start(reason: str) -> StateError:
     return StateError(
-        f"loader workers do not start ({reason}); a script that loads clips has to keep its own "
-        "work under `if __name__ == '__main__':`"
+        f"loader workers do not start ({reason}); see the traceback above; a script that loads "
+        "clips has to keep its own work under `if __name__ == '__main__':`"
     )
 
 
 def _describe_end(exit_code: int | None) -> str:
     if exit_code is not None and exit_code < 0:
-        return f"the worker was ended by {signal.Signals(-exit_code).name} while decoding it"
-    return f"the worker ended with exit code {exit_code} while decoding it"
+        return f"ended by {signal.Signals(-exit_code).name}"
+    return f"ended with exit code {exit_code}"
 
 
 def _work(pipe: connection.Connection, load: "Callable[[Task], View]") -> None:
