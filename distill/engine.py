@@ -35,15 +35,16 @@ def reproducible(device: torch.device, *, seed: int) -> Iterator[None]:
     torch.manual_seed(number)
     np.random.seed(number)
     random.seed(number)
-    before = torch.are_deterministic_algorithms_enabled()
+    before = torch.get_deterministic_debug_mode()
     filled = torch.utils.deterministic.fill_uninitialized_memory
     if device.type == "cpu":
-        torch.use_deterministic_algorithms(True)
+        # As use_deterministic_algorithms(True), which imports the compiler for seconds.
+        torch.set_deterministic_debug_mode("error")
         torch.utils.deterministic.fill_uninitialized_memory = False  # only hides what it costs
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.set_deterministic_debug_mode(before)
         torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
@@ -53,10 +54,15 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def to_device(batch: Mapping, device: torch.device) -> dict:
-    """Move a batch's tensors; everything else stays as it is."""
+    """Move a batch's tensors without waiting for it; everything else stays as it is."""
+
+    def move(value: Tensor) -> Tensor:
+        if device.type == "cuda" and value.device.type == "cpu":
+            value = value.pin_memory()  # a copy from other memory would make the host wait
+        return value.to(device, non_blocking=True)
+
     return {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
+        name: move(value) if isinstance(value, Tensor) else value for name, value in batch.items()
     }
 
 

@@ -91,11 +91,8 @@ def score_views(
     `on_batch` is called after every batch and may raise to stop. Raises StateError naming the
     clip for which the model's scores are not finite, or when no clip could be read.
     """
-    load = partial(
-        _load_task, num_clips=num_clips, num_crops=num_crops, views=data.views
-    )  # a function of a module, because worker processes have to find it
     loader = ClipLoader(
-        load,
+        partial(_load_task, views=data.views, num_clips=num_clips, num_crops=num_crops),
         workers=data.workers,
         timeout_seconds=data.decode_timeout_seconds,
         quarantine=quarantine,
@@ -242,12 +239,10 @@ def labelled_clips(recipe: schema.Recipe, split: str) -> list[Clip]:
             f"{section.list}:{wrong[0].line}: {found}, expected 0 to {num_classes - 1} "
             f"({len(wrong)} such lines); correct the list or objective.num_classes"
         )
-    if not clips:
-        raise InputError(f"{section.list}: holds no clips")
     return clips
 
 
-def _load_task(task: Task, *, num_clips: int, num_crops: int, views: schema.Views) -> View:
+def _load_task(task: Task, *, views: schema.Views, num_clips: int, num_crops: int) -> View:
     return load_eval_view(
         task.clip,
         clip_index=task.clip_index,

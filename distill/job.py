@@ -59,21 +59,26 @@ def build_job(recipe: schema.Recipe, folder: Path, *, device: torch.device) -> J
         folder / "quarantine.jsonl", total=len(clips), max_share=recipe.data.max_quarantined
     )
     names = {clip.id: clip.name for clip in clips}
-    # As a cache would have them, so that cached and live runs see the same views.
-    views = objective.cache.views if is_live and objective.cache else None
+    cache = objective.cache if is_live else None  # live views and masks are those it would hold
+    views_seed = cache.seed if cache else seed
     batches = ClipBatches(
         clips,
         recipe.data,
         batch_size=batch_size,
         seed=seed,
-        views_per_clip=views,
+        views_per_clip=cache.views if cache else None,
         quarantine=quarantine,
+        views_seed=views_seed,
     )
     if is_live:
         model = with_weights(build_student(recipe), recipe)
         loss = DistillObjective(model, objective, seed=seed)
-        teacher = build_teacher(recipe).to(device)
-        prepare = LiveTargets(teacher, objective.mask, seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # of a random teacher, as for a cache
+            teacher = build_teacher(recipe).to(device)
+        prepare = LiveTargets(
+            teacher, objective.mask, views_seed, precision=objective.teacher.precision
+        )
     else:
         model = with_weights(build_classifier(recipe), recipe)
         loss = ClassifyObjective(model, objective, seed=seed)
@@ -112,10 +117,10 @@ def check_evaluation(recipe: schema.Recipe) -> None:
     if not isinstance(recipe.objective, schema.Classify):
         return
     if recipe.data.val is not None and recipe.evaluate.every_epochs:
-        labelled_clips(recipe, "val")
+        check_videos(labelled_clips(recipe, "val"), recipe.data.val)
     if has_evaluation(recipe):
-        clips = labelled_clips(recipe, recipe.evaluate.split)
-        check_videos(clips, getattr(recipe.data, recipe.evaluate.split))
+        split = recipe.evaluate.split
+        check_videos(labelled_clips(recipe, split), getattr(recipe.data, split))
 
 
 def has_evaluation(recipe: schema.Recipe) -> bool:
@@ -125,8 +130,6 @@ def has_evaluation(recipe: schema.Recipe) -> bool:
 
 def check_videos(clips: Sequence[Clip], section: schema.ClipList) -> None:
     """Raise InputError if none of the first videos exists: that is a wrong folder, not bad luck."""
-    if not clips:
-        raise InputError(f"{section.list}: holds no clips")
     if not any(Path(clip.path).exists() for clip in clips[:PROBED_CLIPS]):
         raise InputError(
             f"{section.list}: {clips[0].path} is not there, nor are the clips after it; "

@@ -25,6 +25,7 @@ from rich.text import Text
 LINE_SECONDS = 30.0  # between two progress lines where there is no terminal to redraw
 
 _live: list[Progress] = []  # a console redraws one display, so inner bars join the outer one's
+_lines: list["LineBar"] = []
 
 
 def configure(level: int = logging.INFO) -> None:
@@ -59,7 +60,7 @@ class LineBar(Bar):
     def __init__(self, title: str, *, total: int, unit: str, done: int) -> None:
         self.title, self.total, self.unit = title, total, unit
         self.done = self._first = done
-        self._note = ""
+        self._note, self.has_printed = "", False
         self._start = self._printed = time.monotonic()
 
     def advance(self, count: int = 1) -> None:
@@ -72,7 +73,7 @@ class LineBar(Bar):
 
     def print(self) -> None:
         """Write where the count stands, its rate and the time left."""
-        self._printed = time.monotonic()
+        self._printed, self.has_printed = time.monotonic(), True
         rate = (self.done - self._first) / max(self._printed - self._start, 1e-9)
         parts = [f"{self.title} {self.done}/{self.total} {self.unit}"]
         parts.append(f"{rate:.2f} {self.unit}/s")
@@ -101,8 +102,14 @@ def progress(title: str, *, total: int, unit: str, done: int = 0) -> Iterator[Ba
     console = rich.get_console()
     if not console.is_terminal:
         bar = LineBar(title, total=total, unit=unit, done=done)
-        yield bar
-        bar.print()
+        is_inner = bool(_lines)
+        _lines.append(bar)
+        try:
+            yield bar
+        finally:
+            _lines.pop()
+        if bar.has_printed or not is_inner:
+            bar.print()
         return
     if _live:
         display = _live[0]

@@ -88,7 +88,7 @@ def make_schedule(optim: recipe.Optim, *, steps_per_epoch: int) -> Schedule:
 
     lr, min_lr and warmup_lr are all meant for `lr_per_batch` clips and scale with the batch.
     """
-    if optim.warmup_epochs > optim.epochs:
+    if 0 < optim.epochs < optim.warmup_epochs:
         raise InputError(
             f"optim.warmup_epochs: {optim.warmup_epochs:g} is more than the {optim.epochs} "
             "of optim.epochs; lower it"

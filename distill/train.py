@@ -189,6 +189,9 @@ class Run:
             )
             scores = {f"val/{name}": result[name] for name in ("top1", "top5")}
             self.log.write(at.step, {"epoch": at.epoch, **scores})
+            logger.info(
+                "epoch %d: top-1 %.2f, top-5 %.2f on val", at.epoch, result["top1"], result["top5"]
+            )
             is_best = not at.best or result["top1"] > at.best["top1"]
             if is_best:
                 at.best = {"top1": result["top1"], "epoch": at.epoch, "step": at.step}
@@ -282,7 +285,7 @@ def describe_non_finite(error: NonFiniteError, job: Job, folder: Path) -> StateE
     shown = ", ".join(names[:SHOWN_CLIPS])
     more = f" and {len(names) - SHOWN_CLIPS} more ({path})" if len(names) > SHOWN_CLIPS else ""
     return StateError(
-        f"{folder}: {error} clips: {shown}{more}; look at them, or lower optim.lr or set "
+        f"{folder}: {error}; clips: {shown}{more}; look at them, or lower optim.lr or set "
         "optim.clip_grad"
     )
 

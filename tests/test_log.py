@@ -98,6 +98,16 @@ def test_without_a_terminal_there_is_a_line_now_and_then(console, monkeypatch):
     ]
 
 
+def test_short_inner_bars_do_not_fill_a_log_file(console):
+    text = console()
+    with log.progress("train", total=2, unit="steps") as outer:
+        for _ in range(2):
+            with log.progress("evaluate", total=1, unit="views") as inner:
+                inner.advance()
+            outer.advance()
+    assert [line.split("  ")[0] for line in text.getvalue().splitlines()] == ["train 2/2 steps"]
+
+
 def test_on_a_terminal_bars_nest_and_show_count_rate_and_note(console):
     text = console(force_terminal=True)
     with log.progress("train", total=4, unit="steps") as outer:
