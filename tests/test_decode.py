@@ -145,9 +145,9 @@ def test_frames_outside_are_refused(folder):
 
 # counter-clockwise quarter turns as numpy has them, and what a mirrored camera writes
 TURNS = {
-    "90": (dict(rotation=90), lambda frame: np.rot90(frame)),
-    "180": (dict(rotation=180), lambda frame: np.rot90(frame, 2)),
-    "270": (dict(rotation=270), lambda frame: np.rot90(frame, 3)),
+    "90": (dict(matrix=(0, -1, 1, 0)), lambda frame: np.rot90(frame)),
+    "180": (dict(matrix=(-1, 0, 0, -1)), lambda frame: np.rot90(frame, 2)),
+    "270": (dict(matrix=(0, 1, -1, 0)), lambda frame: np.rot90(frame, 3)),
     "mirrored": (dict(matrix=(-1, 0, 0, 1)), lambda frame: frame[:, ::-1]),
     "flipped": (dict(matrix=(1, 0, 0, -1)), lambda frame: frame[::-1]),
     "transposed": (dict(matrix=(0, 1, 1, 0)), lambda frame: frame.transpose(1, 0, 2)),
@@ -182,14 +182,14 @@ def test_the_players_idea_of_a_quarter_turn(tmp_path):
     """decord turns by FFmpeg's reading of the matrix; ours is the same where both can."""
     import decord
 
-    for degrees in (90, 180, 270):
-        path = videos.write(tmp_path / f"{degrees}.mp4", num_frames=3, rotation=degrees)
+    for turn in ("90", "180", "270"):
+        path = videos.write(tmp_path / f"{turn}.mp4", num_frames=3, **TURNS[turn][0])
         theirs = decord.VideoReader(str(path)).get_batch([2]).asnumpy()
         assert np.array_equal(read(path, [2]).pixels, theirs)
 
 
 def test_a_turn_by_other_angles_is_refused(tmp_path):
-    path = videos.write(tmp_path / "a.mp4", num_frames=2, rotation=45)
+    path = videos.write(tmp_path / "a.mp4", num_frames=2, matrix=(0.8, -0.6, 0.6, 0.8))
     with pytest.raises(InputError, match="a.mp4: turned by other than quarter turns"):
         read(path)
 
@@ -214,6 +214,15 @@ def test_names_that_look_like_addresses(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for decoder in ("decord", "pyav"):
         assert numbers(read("http:a b.mp4", decoder=decoder)) == [0, 1, 2]
+
+
+def test_tags_that_are_not_utf8(tmp_path):
+    settings = dict(num_frames=3, title="A title that is replaced")
+    path = videos.write(tmp_path / "a.mkv", **settings)
+    data = path.read_bytes()
+    assert b"A title" in data
+    path.write_bytes(data.replace(b"A title", b"A\xff\xfetle"))
+    assert numbers(read(path)) == [0, 1, 2]
 
 
 def cut(path, share: float):

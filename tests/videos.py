@@ -1,5 +1,6 @@
 """Small odd videos with the frame's number burnt in, so that a test can tell which frame it got."""
 
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -49,31 +50,37 @@ def write(
     options: dict[str, str] | None = None,
     container: dict[str, str] | None = None,
     ticks: list[int] | None = None,
-    rotation: int = 0,
-    matrix: tuple[int, int, int, int] | None = None,
+    title: str = "",
+    matrix: tuple[float, float, float, float] | None = None,
 ) -> Path:
     """Encode frames 0..num_frames-1; `ticks` are their pts in 1/1000 s where not evenly spaced.
 
-    `rotation` (degrees) and `matrix` (x' = a x + c y, y' = b x + d y) only say how to show them.
+    `matrix` (a, b, c, d: x' = a x + c y, y' = b x + d y) only says how to show them (mp4).
     """
     with av.open(str(path), "w", options=container or {}) as output:
         stream = output.add_stream(codec, rate=fps, options=options or {})
+        stream.metadata["title"] = title
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         stream.codec_context.thread_count = 1
         time_base = Fraction(1, 1000) if ticks else Fraction(1, fps)
         stream.codec_context.time_base = time_base
-        if rotation:
-            stream.set_display_rotation(rotation)
-        if matrix:
-            a, b, c, d = (value * 65536 for value in matrix)  # 16.16 fixed point
-            stream.set_display_matrix([a, b, 0, c, d, 0, 0, 0, 1 << 30])
         for number in range(num_frames):
             frame = av.VideoFrame.from_ndarray(burn(number, width=width, height=height), "rgb24")
             frame.pts = ticks[number] if ticks else number
             frame.time_base = time_base
             output.mux(stream.encode(frame))
         output.mux(stream.encode(None))
+    if matrix:
+        _set_matrix(path, matrix)
     return path
+
+
+def _set_matrix(path: Path, matrix: tuple[float, float, float, float]) -> None:
+    a, b, c, d = (round(value * 65536) for value in matrix)  # 16.16 fixed point
+    data = bytearray(path.read_bytes())
+    start = data.index(b"tkhd") + 44  # ISO 14496-12, track header box of version 0
+    data[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
 
 
 OPEN_GOP = {"g": "12", "bf": "3", "x264-params": "open-gop=1:scenecut=0:b-adapt=0"}

@@ -36,6 +36,8 @@ _INDEXED_FORMATS = {"mov", "mp4", "matroska", "webm", "mpegts"}
 _INDEXED_CODECS = {"h264", "hevc", "vp9", "av1", "mpeg4", "mpeg2video"}
 _DECORD_FORMATS = _INDEXED_FORMATS - {"mpegts"}
 _DECORD_CODECS = {"h264", "vp9"}
+# Tags need not be UTF-8; PyAV 19 sees to that itself.
+_OPEN = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 _DECORD_TOLERANCE_SECONDS = 2e-3  # decord keeps times in float32
 
 _Matrix = tuple[int, int, int, int]
@@ -189,7 +191,7 @@ def _read_image(path: str) -> np.ndarray:
 def _open_stream(path: str):
     """The container and its video stream. FFmpeg's errors inside become `InputError`."""
     try:
-        with av.open(path, metadata_errors="replace") as container:
+        with av.open(path, **_OPEN) as container:
             stream = container.streams.best("video")
             if stream is None:
                 raise InputError(f"{path}: there is no video in it: only sound, or it is cut off")
