@@ -221,7 +221,7 @@ def test_tags_that_are_not_utf8(tmp_path):
     path = videos.write(tmp_path / "a.mkv", **settings)
     data = path.read_bytes()
     assert b"A title" in data
-    path.write_bytes(data.replace(b"A title", b"A\xff\xfetle"))
+    path.write_bytes(data.replace(b"A title", b"A\xff\xfeitle"))
     assert numbers(read(path)) == [0, 1, 2]
 
 
