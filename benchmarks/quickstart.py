@@ -52,10 +52,7 @@ def study(folder: Path, *overrides: str) -> Study:
     places = [
         f"run.folder={folder / 'run'}",
         f"data.demo.folder={folder / 'videos'}",
-        *(
-            f"data.{split}.list={folder / 'videos' / split}.csv"
-            for split in ("train", "val", "test")
-        ),
+        *(f"data.{split}.list={folder / 'videos' / split}.csv" for split in SPLITS),
         f"stages.distilled.objective.cache.folder={folder / 'cache'}",
     ]
     return load_recipe("quickstart", [*places, *overrides])
