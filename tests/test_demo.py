@@ -1,4 +1,4 @@
-"""The demo set: real H.264 files, splits without a common source, pairs that only time separates."""
+"""The demo set: real files, splits without a common source, pairs that only time separates."""
 
 import json
 
