@@ -247,13 +247,11 @@ def missing_inputs(
     prefix = "" if stage is None else f"stages.{stage}."
     is_distill = isinstance(recipe.objective, Distill)
     is_cached = verb == "train" and _has_cache(recipe)
-    splits = []
-    if verb == "cache-teacher" or (verb == "train" and recipe.optim.epochs):
-        splits.append("train")
+    splits = [] if verb == "evaluate" else ["train"]
+    if verb == "train" and not is_distill and recipe.evaluate.every_epochs:
+        splits.append("val")
     if verb == "evaluate" or (verb == "train" and not is_distill):
         splits.append(recipe.evaluate.split)
-    if verb == "train" and not is_distill and recipe.optim.epochs and recipe.evaluate.every_epochs:
-        splits.append("val")
     lines = []
     for split in dict.fromkeys(splits):
         clips = getattr(recipe.data, split)
