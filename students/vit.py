@@ -160,7 +160,7 @@ class MLP(nn.Module):
 class LayerScale(nn.Module):
     """A learned gain per channel, applied in float32."""
 
-    def __init__(self, width: int, *, init: float = 1e-5) -> None:
+    def __init__(self, width: int, *, init: float) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.full((width,), init))
 

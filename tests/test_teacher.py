@@ -135,6 +135,16 @@ def test_a_classifier_can_teach(tmp_path):
     assert torch.equal(teacher.pos_embed, source.pos_embed)
 
 
+def test_teachers_take_tubelets_and_separable_tables(tmp_path):
+    settings = {**SETTINGS, "tubelet": 2, "positions": "separable"}
+    source = fill(create_teacher(TINY, **settings, random=True), positions=True)
+    torch.save(source.state_dict(), tmp_path / "teacher.pth")
+    teacher = create_teacher(TINY, checkpoint=tmp_path / "teacher.pth", **settings)
+    features = teacher(clip(1, 4, 56))
+    assert features.middle.shape == (3, 1, 1 + 2 * 16, 176)
+    assert torch.equal(features.middle, source(clip(1, 4, 56)).middle)
+
+
 def test_a_teacher_never_keeps_a_weight_at_init(tmp_path):
     state = make_teacher().state_dict()
     del state["clip_projector.cross_attn.proj.bias"]

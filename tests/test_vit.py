@@ -119,6 +119,22 @@ def test_student_has_the_published_parameters(size, total, middle, final, table)
     assert all(parameter.requires_grad for parameter in student.parameters())
 
 
+@pytest.mark.parametrize(
+    ("size", "heads", "head_width", "hidden"),
+    [
+        ("S14", 6, 64, 1536),
+        ("B14", 12, 64, 3072),
+        ("L14", 16, 64, 4096),
+        ("1B", 16, 88, 6144),
+        ("6B", 25, 128, 12800),
+    ],
+)
+def test_heads_and_hidden_widths_are_the_published_ones(size, heads, head_width, hidden):
+    block = build_meta(Block, SIZES[size], activation="gelu_tanh")
+    assert (block.attn.heads, SIZES[size].width // heads) == (heads, head_width)
+    assert block.mlp.fc1.out_features == hidden
+
+
 def test_unknown_size_lists_the_names():
     with pytest.raises(ValueError, match="unknown model size 'M14'; choose one of S14, B14, L14"):
         resolve_size("M14")
@@ -265,6 +281,14 @@ def test_separable_model_equals_the_joint_model_of_the_summed_table():
     torch.testing.assert_close(separable.encode(patches)[0], joint.encode(patches)[0])
 
 
+def test_the_class_token_has_a_position_too():
+    vit = fill(make_vit())
+    patches, keep = patchify(clip(1, 2, 28)), torch.zeros(8, 1)  # no block changes anything
+    assert torch.equal(vit.encode(patches, keep=keep)[0][:, 0], vit.cls_token[0])
+    vit.pos_embed.data[0, 0] = 1.0
+    assert torch.equal(vit.encode(patches, keep=keep)[0][:, 0], vit.cls_token[0] + 1)
+
+
 def test_separable_tables_stand_where_upstream_has_them():
     student = create_student(TINY, frames=2, image_size=28, num_layers=2, positions="separable")
     assert list(student.state_dict())[:8] == [
@@ -356,12 +380,13 @@ def test_every_rms_norm_has_eps_1e_6():
 
 
 def test_layer_scale_multiplies_in_float32():
-    scale = LayerScale(96).bfloat16()
+    scale = LayerScale(96, init=1e-5).bfloat16()
     scale.gamma.data.normal_()
     x = torch.randn(4, 96).bfloat16()
     found = scale(x)
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, (x.float() * scale.gamma.float()).bfloat16())
+    assert scale.float()(x).dtype == torch.bfloat16  # a narrower branch stays as it came
 
 
 # Precision
@@ -417,6 +442,14 @@ def test_weights_are_drawn_by_upstreams_rules():
             assert torch.equal(parameter, torch.ones_like(parameter)), name
         elif "bias" in name and not name.startswith("patch_embed"):
             assert parameter.abs().max() == 0, name
+
+
+def test_a_size_of_ones_own_sets_its_initial_scale():
+    torch.manual_seed(0)
+    vit = make_vit(ViTSize(192, 2, 3, init_std=0.05, layer_scale=0.1))
+    assert vit.blocks[0].attn.qkv.weight.std().item() == pytest.approx(0.05, rel=0.02)
+    for scale in (vit.blocks[1].ls1, vit.blocks[1].ls2):
+        assert torch.equal(scale.gamma, torch.full((192,), 0.1))
 
 
 def test_patch_convolution_keeps_the_frameworks_uniform_init():

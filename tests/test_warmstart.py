@@ -540,7 +540,11 @@ def test_both_kinds_of_problem_are_named_at_once(source, tmp_path):
 def test_a_student_does_not_lose_its_decoders_unnoticed(source, tmp_path):
     torch.save(source.state_dict(), tmp_path / "a.pth")
     student = make_student()
-    with pytest.raises(WeightsError, match=r"clip_pos_embed, clip_decoder\.\* \(12\), final_clip"):
+    with pytest.raises(
+        WeightsError,
+        match=r"clip_pos_embed, clip_decoder\.\* \(12\), final_clip_decoder\.\* \(6\) of the model "
+        r"would stay at init; fc_norm\.\* \(2\), head\.\* \(2\) of the file would go unused",
+    ):
         load_weights(student, tmp_path / "a.pth")
     load_weights(
         student, tmp_path / "a.pth", allow_missing=PROJECTORS, allow_unused=("fc_norm.", "head.")
