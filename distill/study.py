@@ -35,7 +35,7 @@ def run_study(study: Study) -> dict[str, Any]:
         if not is_finished:
             renewed.add(name)
         summaries[name] = train(resolve_stages(recipe, study), place)
-    summary = {"name": study.name, "rows": table_rows(summaries), "stages": summaries}
+    summary = {"name": study.name, "rows": table_rows(summaries, study), "stages": summaries}
     write_json(folder / "summary.json", summary)
     return summary
 
@@ -72,19 +72,36 @@ def _with_weights(holder: Any, name: str, study: Study) -> Any:
     return holder.model_copy(update={name: section.model_copy(update={"weights": weights})})
 
 
-def table_rows(summaries: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each stage that was evaluated: its name, parameters, top-1, top-5 and seconds."""
-    return [
-        {
-            "name": name,
-            "parameters": summary["parameters"],
-            "top1": summary["evaluation"]["top1"],
-            "top5": summary["evaluation"]["top5"],
-            "seconds": summary["train_seconds"] + summary["evaluation"]["seconds"],
-        }
-        for name, summary in summaries.items()
-        if summary["evaluation"]
-    ]
+def table_rows(
+    summaries: Mapping[str, Mapping[str, Any]], study: Study | None = None
+) -> list[dict[str, Any]]:
+    """A row for each stage that was evaluated: its name, parameters, top-1, top-5 and seconds.
+
+    Seconds are those of its evaluation, its training, and the training of every stage of `study`
+    that it builds on.
+    """
+    rows = []
+    for name, summary in summaries.items():
+        if not summary["evaluation"]:
+            continue
+        trained = {name} | (stages_before(name, study) if study else set())
+        rows.append(
+            {
+                "name": name,
+                "parameters": summary["parameters"],
+                "top1": summary["evaluation"]["top1"],
+                "top5": summary["evaluation"]["top5"],
+                "seconds": summary["evaluation"]["seconds"]
+                + sum(summaries[one]["train_seconds"] for one in trained),
+            }
+        )
+    return rows
+
+
+def stages_before(name: str, study: Study) -> set[str]:
+    """Names of all stages whose weights went into a stage's, directly or by way of others."""
+    used = stages_used(study.stages[name])
+    return used.union(*(stages_before(one, study) for one in used))
 
 
 def results_table(rows: list[dict[str, Any]], *, title: str) -> Table:

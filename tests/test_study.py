@@ -79,11 +79,13 @@ def test_stages_run_in_order_from_the_weights_of_those_before(study, trained):
     assert finetune.model.weights.checkpoint == "runs/s/student/model.safetensors"
 
 
-def test_summary_has_a_row_for_each_evaluated_stage(study, trained):
+def test_summary_has_a_row_for_each_evaluated_stage_with_the_time_of_all_it_builds_on(
+    study, trained
+):
     summary = run_study(study)
     assert summary["rows"] == [
         {"name": "teacher", "parameters": 1000, "top1": 51.0, "top5": 90.0, "seconds": 12.0},
-        {"name": "finetune", "parameters": 3000, "top1": 53.0, "top5": 90.0, "seconds": 12.0},
+        {"name": "finetune", "parameters": 3000, "top1": 53.0, "top5": 90.0, "seconds": 32.0},
     ]
     assert set(summary["stages"]) == {"teacher", "student", "finetune"}
     assert json.loads(Path("runs/s/summary.json").read_text()) == summary
