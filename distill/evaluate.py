@@ -18,7 +18,7 @@ from distill import log
 from distill import recipe as schema
 from distill.checkpoint import write_json, write_tensors
 from distill.data.index import Clip, read_list
-from distill.data.load import ClipLoader, Quarantine, Task, View, collate, load_eval_view
+from distill.data.load import ClipLoader, Quarantine, Task, collate, load_eval_task
 from distill.engine import autocast, pick_device, to_device
 from distill.errors import InputError, StateError
 from distill.models import build_classifier
@@ -92,7 +92,7 @@ def score_views(
     clip for which the model's scores are not finite, or when no clip could be read.
     """
     loader = ClipLoader(
-        partial(_load_task, views=data.views, num_clips=num_clips, num_crops=num_crops),
+        partial(load_eval_task, views=data.views, num_clips=num_clips, num_crops=num_crops),
         workers=data.workers,
         timeout_seconds=data.decode_timeout_seconds,
         quarantine=quarantine,
@@ -240,17 +240,6 @@ def labelled_clips(recipe: schema.Recipe, split: str) -> list[Clip]:
             f"({len(wrong)} such lines); correct the list or objective.num_classes"
         )
     return clips
-
-
-def _load_task(task: Task, *, views: schema.Views, num_clips: int, num_crops: int) -> View:
-    return load_eval_view(
-        task.clip,
-        clip_index=task.clip_index,
-        num_clips=num_clips,
-        crop_index=task.crop_index,
-        num_crops=num_crops,
-        views=views,
-    )
 
 
 def _batches(tasks: Sequence[Task], size: int) -> Iterator[Sequence[Task]]:

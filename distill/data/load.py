@@ -28,6 +28,7 @@ __all__ = [
     "Task",
     "View",
     "collate",
+    "load_eval_task",
     "load_eval_view",
     "load_task",
     "load_view",
@@ -99,6 +100,18 @@ def load_eval_view(
 def load_task(task: Task, *, views: Views, seed: int) -> View:
     """`load_view` for a `ClipLoader`, bound with `functools.partial`."""
     return load_view(task.clip, task.view, views=views, seed=seed)
+
+
+def load_eval_task(task: Task, *, views: Views, num_clips: int, num_crops: int) -> View:
+    """`load_eval_view` for a `ClipLoader`, bound with `functools.partial`."""
+    return load_eval_view(
+        task.clip,
+        clip_index=task.clip_index,
+        num_clips=num_clips,
+        crop_index=task.crop_index,
+        num_crops=num_crops,
+        views=views,
+    )
 
 
 def collate(items: Sequence[tuple[Task, View]]) -> "dict[str, Tensor]":
