@@ -1,5 +1,6 @@
 """Decoding: the right frames of odd videos (their number is burnt in), or one clear error."""
 
+import dataclasses
 import re
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 import videos
 from PIL import Image
 
-from distill.data import packets
+from distill.data import decode, packets
 from distill.data.decode import open_video
 from distill.errors import InputError
 
@@ -236,6 +237,12 @@ def test_a_file_cut_off_in_the_middle_says_so(tmp_path):
     path = cut(videos.write(tmp_path / "fast.mp4", **fast), 0.6)
     with pytest.raises(InputError, match=rf"^{re.escape(str(path))}: .*cut off"):
         read(path)
+    videos.write(path, **fast)
+    with av.open(str(path)) as container:
+        end = [packet.pos for packet in container.demux(video=0)][33]
+    path.write_bytes(path.read_bytes()[:end])  # between two frames
+    with pytest.raises(InputError, match="fast.mp4: cut off: 33 of 60 frames are there$"):
+        read(path)
     for share, message in (
         (0.3, "not a video, or a damaged one"),
         (0.6, "there is no video in it"),
@@ -394,24 +401,69 @@ def test_folders_of_frames_that_are_wrong(tmp_path):
         read(tmp_path)
 
 
+def test_frames_are_found_where_a_seek_goes_too_far(folder):
+    path = str(folder / "hevc.mp4")
+    index = decode._scan(path)
+    assert max(index.starts) > 30
+    astray = dataclasses.replace(index, seek_ticks=[10**9] * 60)
+    frames = decode._read_pyav(path, astray, [2, 30, 59])
+    assert numbers(frames) == [2, 30, 59]
+
+
+def stored(pts: int, kind: str) -> packets.Packet:
+    """I: closed start, R: start of an open GOP, r: key that is no start, P: none, H: hidden."""
+    return packets.Packet(
+        pts=pts,
+        dts=None,
+        is_key=kind in "IRr",
+        is_start=kind in "IR",
+        is_closed=kind == "I",
+        is_hidden=kind == "H",
+        is_whole=True,
+    )
+
+
+def test_where_decoding_begins_for_each_frame():
+    open_gop = [stored(*p) for p in ((0, "I"), (2, "P"), (1, "P"), (6, "R"), (4, "P"), (8, "P"))]
+    pts_ticks, starts = packets.starts(open_gop)
+    assert pts_ticks.tolist() == [0, 1, 2, 4, 6, 8]
+    assert starts.tolist() == [0, 0, 0, 0, 3, 3]  # 4 is stored behind 6 but needs what precedes
+    refresh = [stored(*p) for p in ((0, "I"), (1, "P"), (2, "r"), (3, "P"), (4, "I"))]
+    assert packets.starts(refresh)[1].tolist() == [0, 0, 0, 0, 4]
+    hidden = [stored(*p) for p in ((-2, "H"), (-1, "H"), (0, "P"))]
+    assert [part.tolist() for part in packets.starts(hidden)] == [[0], [0]]
+
+
+def test_which_gops_are_closed():
+    closed = ((0, "I"), (2, "P"), (1, "P"), (3, "I"), (4, "P"))
+    assert packets.has_only_closed_gops([stored(*packet) for packet in closed])
+    for wrong in (
+        ((0, "I"), (3, "I"), (2, "P")),  # shown before the key frame it follows
+        ((0, "I"), (1, "R")),
+        ((0, "I"), (1, "r")),
+        ((0, "P"), (1, "I")),
+    ):
+        assert not packets.has_only_closed_gops([stored(*packet) for packet in wrong])
+
+
 def test_where_h264_can_be_entered():
     idr, slice_, refresh = b"\x65\x88", b"\x61\x88", b"\x06\x06\x01\x20\x80"
     at_once, other_sei = b"\x06\x06\x01\xc0\x80", b"\x06\x05\x02\xff\xff\x80"
     avcc = b"\x01\x64\x00\x0a\xff"
 
-    def stored(*units, size=4):
+    def prefixed(*units, size=4):
         return b"".join(len(unit).to_bytes(size, "big") + unit for unit in units)
 
     def streamed(*units):
         return b"".join(b"\x00\x00\x00\x01" + unit for unit in units)
 
-    for join, extradata in ((stored, avcc), (streamed, None), (streamed, b"\x00\x00\x01\x67")):
+    for join, extradata in ((prefixed, avcc), (streamed, None), (streamed, b"\x00\x00\x01\x67")):
         assert packets.h264_entry(join(other_sei, idr), extradata) == "idr"
         assert packets.h264_entry(join(other_sei, at_once, slice_), extradata) == "recovery"
         assert packets.h264_entry(join(refresh, slice_), extradata) is None
         assert packets.h264_entry(join(slice_), extradata) is None
     both = b"\x06\x05\x02\xff\xff\x06\x01\xc0\x80"
-    assert packets.h264_entry(stored(both, slice_, size=2), b"\x01\x64\x00\x0a\xfd") == "recovery"
+    assert packets.h264_entry(prefixed(both, slice_, size=2), b"\x01\x64\x00\x0a\xfd") == "recovery"
     assert packets.h264_entry(b"", avcc) is None
 
 

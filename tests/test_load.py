@@ -234,8 +234,16 @@ def test_workers_do_not_outlive_a_trainer_that_was_killed(tmp_path):
     text = TRAINER.replace("TIMEOUT", "1000").replace("THEN", "hang")
     with run_script(text, tmp_path) as trainer:
         worker = int(trainer.stdout.readline())
+        time.sleep(1.0)  # by now it hangs
         trainer.kill()
         wait_until_gone(worker)
+
+
+def test_python_ends_while_a_run_is_left_open(tmp_path):
+    text = TRAINER.replace("TIMEOUT", "1000").replace("THEN", "hang")
+    text += "    run = loader.run([[faults.task('ok')]] * 9)\n    next(run)\n"
+    with run_script(text.replace(', [faults.task("hang")]', ""), tmp_path) as trainer:
+        assert trainer.wait(timeout=60) == 0
 
 
 def test_a_suspended_run_does_not_blame_its_clips(tmp_path):

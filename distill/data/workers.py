@@ -6,6 +6,7 @@ server that has already imported what they need and never ran anything: a new on
 once, and shares no threads or CUDA state with the trainer.
 """
 
+import atexit
 import collections
 import dataclasses
 import json
@@ -115,6 +116,9 @@ class ClipLoader:
         pool = _Pool(self._load, self._workers, self._timeout_seconds, self._quarantine)
         source = iter(batches)
         pool.start()
+        # A run that is left by an exception of the consumer's is still there when Python ends,
+        # which would wait for workers that ignore its signal.
+        atexit.register(pool.stop)
         try:
             num_waiting = 0
             while True:
@@ -182,6 +186,7 @@ class _Pool(threading.Thread):
         return [(task, view) for task, view in pairs if view is not None]
 
     def stop(self) -> None:
+        atexit.unregister(self.stop)
         self._is_stopping = True
         self._ring.send_bytes(b"")
         self.join()
