@@ -155,6 +155,37 @@ def test_an_error_of_the_disk_leaves_nothing_half_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("whole_parts", range(4))
+def test_a_signal_in_the_middle_of_a_record_leaves_the_whole_ones(
+    tmp_path, monkeypatch, whole_parts
+):
+    """Ctrl-C after so many parts of the second record are in the file."""
+    digest, seen = xxhash.xxh3_64, []
+
+    class Checksum:
+        def __init__(self):
+            self.state = digest()
+            self.intdigest = self.state.intdigest
+
+        def update(self, part):  # is called before each part is written
+            if len(seen) == len(FIELDS) + 1 + whole_parts:
+                raise KeyboardInterrupt
+            seen.append(part)
+            self.state.update(part)
+
+    settings = {"fields": FIELDS, "identity": IDENTITY, "shard_bytes": 1, "shard_seconds": 1.0}
+    with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path, **settings) as writer:
+        monkeypatch.setattr(xxhash, "xxh3_64", Checksum)
+        try:
+            for clip in (1, 2):
+                writer.add(clip, 0, values(clip, 0), info(clip, 0))
+        finally:
+            monkeypatch.undo()
+    index = load_index(tmp_path, IDENTITY)
+    assert index.clip_ids.tolist() == [1]
+    assert read(index, 0)[1] == info(1, 0)
+
+
 def test_fields_of_another_shape_are_refused(tmp_path):
     settings = {"fields": FIELDS, "identity": IDENTITY, "shard_bytes": 1, "shard_seconds": 1.0}
     wrong = {**values(1, 0), "tokens": np.zeros(6, np.int16)}
@@ -214,11 +245,16 @@ def test_a_killed_writer_leaves_whole_shards_and_one_leftover(tmp_path):
 def test_leftovers_of_others_stay(tmp_path):
     host = socket.gethostname()
     alive = tmp_path / f"open-{host}-{os.getppid()}-1"
-    elsewhere = tmp_path / "open-another-machine-1-1"
-    for path in (alive, elsewhere):
+    others = [
+        alive,
+        tmp_path / "open-another-machine-1-1",
+        tmp_path / f"open-{host}-2-{2**22 + 1}-1",  # a machine whose name begins like ours
+        tmp_path / "open-notes.txt",
+    ]
+    for path in others:
         path.touch()
     assert remove_leftovers(tmp_path) == 0
-    assert alive.exists() and elsewhere.exists()
+    assert sorted(tmp_path.iterdir()) == sorted(others)
 
 
 def test_a_flipped_byte_anywhere_is_noticed(tmp_path):

@@ -14,6 +14,7 @@ of its own under a temporary name, syncs it and renames it.
 import contextlib
 import json
 import os
+import re
 import socket
 import struct
 import time
@@ -63,7 +64,8 @@ class ShardWriter:
     """Packs records into shards of about `shard_bytes`, closed after `shard_seconds` at most.
 
     Use as a context manager: the open shard is committed on leaving, also when an error other
-    than one of the file system ends the block, because every record in it is whole.
+    than one of the file system ends the block. A signal may do that in the middle of anything
+    here, so a record counts only once all of it is written.
     """
 
     def __init__(
@@ -112,33 +114,37 @@ class ShardWriter:
         for part in parts:
             checksum.update(part)
             self._file.write(part)
-        self._offsets.append(self._offsets[-1] + size + -size % ALIGN_BYTES)
-        self._clip_ids.append(clip_id)
-        self._views.append(view)
-        self._checksums.append(checksum.intdigest())
+        end = self._end + size + -size % ALIGN_BYTES
+        self._records.append((end, clip_id, view, checksum.intdigest()))
 
     def commit_if_full(self) -> None:
         """Close the open shard when it is large or old enough; call between batches."""
         if self._file is None:
             return
         is_old = time.monotonic() - self._opened_seconds >= self.shard_seconds
-        if is_old or self._offsets[-1] >= self.shard_bytes:
+        if is_old or self._end >= self.shard_bytes:
             self.commit()
 
     def commit(self) -> None:
         """Finish the open shard, sync it and give it its name; nothing when none is open."""
         if self._file is None:
             return
+        if not self._records:
+            self._discard()
+            return
+        ends, clip_ids, views, checksums = zip(*self._records, strict=True)
         arrays = {
-            "offsets": np.array(self._offsets, np.int64),
-            "clip_ids": np.array(self._clip_ids, np.int64),
-            "views": np.array(self._views, np.int64),
-            "xxh3": np.array(self._checksums, np.uint64),
+            "offsets": np.array((0, *ends), np.int64),
+            "clip_ids": np.array(clip_ids, np.int64),
+            "views": np.array(views, np.int64),
+            "xxh3": np.array(checksums, np.uint64),
         }
         digest = _index_checksum(self._metadata, arrays)
         text = _header(self._metadata, arrays)
         if len(text) > self._header_bytes:
             raise RuntimeError(f"{self._path}: the header outgrew its {self._header_bytes} bytes")
+        self._file.seek(8 + self._header_bytes + self._end)  # behind the last whole record
+        self._file.truncate()
         for name, _ in INDEX:
             self._file.write(arrays[name].tobytes())
         self._file.seek(0)
@@ -147,17 +153,22 @@ class ShardWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         size_bytes = os.fstat(self._file.fileno()).st_size
-        self._file.close()
+        file, self._file = self._file, None
+        file.close()
         os.rename(self._path, self.folder / f"shard-{digest}.safetensors")
         sync_folder(self.folder)
-        self._file = None
         self.committed_bytes += size_bytes
         self.committed_shards += 1
+
+    @property
+    def _end(self) -> int:
+        """Bytes of the open shard's whole records."""
+        return self._records[-1][0] if self._records else 0
 
     def _open(self) -> None:
         self._path = self.folder / _temporary_name()
         self._opened_seconds = time.monotonic()
-        self._offsets, self._clip_ids, self._views, self._checksums = [0], [], [], []
+        self._records: list[tuple[int, int, int, int]] = []  # end, clip id, view, checksum
         # The header precedes the records, but its numbers come last: keep room for it.
         room = len(json.dumps(self._metadata)) + HEADER_SLACK_BYTES
         self._header_bytes = room + -(room + 8) % ALIGN_BYTES
@@ -275,8 +286,10 @@ def shard_paths(folder: Path) -> list[Path]:
 def remove_leftovers(folder: Path) -> int:
     """Delete the open shards of writers of this machine that are gone; returns how many."""
     removed = 0
-    for path in folder.glob(f"open-{socket.gethostname()}-*-*"):
-        writer = int(path.name.rsplit("-", 2)[1])
+    for path in folder.glob("open-*"):
+        host, writer = _writer_of(path.name)
+        if host != socket.gethostname() or writer is None:
+            continue
         if writer == os.getpid() or not _is_running(writer):
             path.unlink(missing_ok=True)
             removed += 1
@@ -299,6 +312,12 @@ def canonical(value) -> str:
 
 def _temporary_name() -> str:
     return f"open-{socket.gethostname()}-{os.getpid()}-{time.monotonic_ns()}"
+
+
+def _writer_of(name: str) -> tuple[str, int | None]:
+    """Machine and process in a temporary name; machines have hyphens in their names too."""
+    match = re.fullmatch(r"open-(.*)-(\d+)-\d+", name)
+    return (match[1], int(match[2])) if match else ("", None)
 
 
 def _is_running(process: int) -> bool:
