@@ -1,5 +1,6 @@
 """Views of clips, and a loader that hung and crashed workers cannot stop."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -204,17 +205,24 @@ def test_workers_that_cannot_start_are_an_error_of_state():
     )
 
 
-def run_script(text: str, folder) -> subprocess.Popen:
+@contextlib.contextmanager
+def run_script(text: str, folder):
     script = folder / "trainer.py"
     script.write_text(text)
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, str(script)],
-        env=os.environ | {"PYTHONPATH": os.path.dirname(__file__)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
+    with process:
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 TRAINER = """
