@@ -144,6 +144,28 @@ def test_leaving_an_epoch_early_stops_its_threads(tmp_path, monkeypatch):
     assert len(opened) <= 5, "one is out, one waits, one is being read"
 
 
+@pytest.mark.parametrize("error", [KeyError("codes"), MemoryError("no room"), ValueError("x")])
+def test_any_error_of_a_thread_reaches_the_consumer(tmp_path, monkeypatch, error):
+    ours, _, folder = make(tmp_path)
+    batches = CachedBatches(Cache.open(folder, ours), batch_size=5, seed=0)
+    batches.window = 2
+    read, seen = Cache.read_into, []
+
+    def fail(self, *args):
+        seen.append(args)
+        if len(seen) > 12:  # in the second window
+            raise error
+        return read(self, *args)
+
+    monkeypatch.setattr(Cache, "read_into", fail)
+    epoch = batches.epoch(0)
+    assert [len(next(epoch)["clip_id"]) for _ in range(2)] == [5, 5]
+    with pytest.raises(type(error)) as raised:
+        next(epoch)
+    assert raised.value is error
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("cache-")]
+
+
 def test_waiting_is_counted(tmp_path):
     ours, _, folder = make(tmp_path)
     batches = CachedBatches(Cache.open(folder, ours), batch_size=5, seed=0)

@@ -1,8 +1,6 @@
 """Reading a view cache: checked on opening, then batches of records in a shuffled order."""
 
 import json
-import queue
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -143,40 +141,22 @@ class CachedBatches:
         order = draw.generator("shuffle", self.seed, epoch).permutation(len(rows))
         starts = range(first_step * self.batch_size, len(rows), self.batch_size)
         batches = [rows[order[start : start + self.batch_size]] for start in starts]
-        ready: queue.Queue = queue.Queue(maxsize=self.window)
-        stop = threading.Event()
-        reader = threading.Thread(
-            target=self._read_ahead, args=(batches, ready, stop), name="cache-reader", daemon=True
-        )
-        reader.start()
-        try:
-            for _ in batches:
+        windows = [
+            batches[start : start + self.window] for start in range(0, len(batches), self.window)
+        ]
+        with (
+            ThreadPoolExecutor(READ_THREADS, thread_name_prefix="cache-reader") as pool,
+            ThreadPoolExecutor(1, thread_name_prefix="cache-window") as ahead,
+        ):
+            coming = [ahead.submit(self._read_window, window, pool) for window in windows[:1]]
+            for number in range(1, len(windows) + 1):
                 start = time.perf_counter()
-                batch = ready.get()
+                ready = coming.pop().result()  # raises whatever went wrong in a thread
                 self.wait_seconds += time.perf_counter() - start
-                if isinstance(batch, Exception):
-                    raise batch
-                yield {**batch, "epoch": epoch}
-        finally:
-            stop.set()
-            while reader.is_alive():  # it may be about to put one more
-                try:
-                    ready.get(timeout=0.05)
-                except queue.Empty:
-                    continue
-
-    def _read_ahead(
-        self, batches: list[np.ndarray], ready: queue.Queue, stop: threading.Event
-    ) -> None:
-        with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="cache-reader") as pool:
-            try:
-                for start in range(0, len(batches), self.window):
-                    for batch in self._read_window(batches[start : start + self.window], pool):
-                        if stop.is_set():
-                            return
-                        ready.put(batch)
-            except (OSError, RuntimeError) as error:
-                ready.put(error)
+                for window in windows[number : number + 1]:
+                    coming.append(ahead.submit(self._read_window, window, pool))
+                while ready:
+                    yield {**ready.pop(0), "epoch": epoch}
 
     def _read_window(self, window: list[np.ndarray], pool: ThreadPoolExecutor) -> list[dict]:
         index = self.cache.index
