@@ -34,9 +34,9 @@ HARMLESS = re.compile(
 def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe | Study:
     """Read a recipe: its bases merged under it, `section.key=value` overrides on top.
 
-    `./x` in a file is relative to that file, other paths to the working directory. In a study,
-    an override that names no stage holds for all of them. Raises InputError with a line for
-    each mistake.
+    `./x` and `../x` in a file are relative to that file, other paths and those of overrides to
+    the working directory. In a study, an override that names no stage holds for all of them.
+    Raises InputError with a line for each mistake.
     """
     path = find_recipe(path_or_name)
     tree, origins = _read(path)
@@ -223,12 +223,13 @@ def _anchored(tree: Any, folder: Path) -> Any:
     }
 
 
-def _anchor(value: Any, folder: Path | None) -> Any:
+def _anchor(value: Any, folder: Path) -> Any:
+    """A path that means the same in any file: the run folder's recipe.yaml is read again."""
     if not isinstance(value, str):
         return value
     if value.startswith("~"):
         return os.path.expanduser(value)
-    if folder is not None and value.split("/")[0] in (".", ".."):
+    if value.split("/")[0] in (".", ".."):
         return os.path.abspath(folder / value)
     return value
 
@@ -258,7 +259,7 @@ def _parse_override(text: str) -> Change:
     if not equals or not all(keys):
         raise InputError(f"{text}: expected section.key=value, such as optim.lr=1e-4")
     value = _anchored(_parse(value, text), Path())
-    return keys, _anchor(value, None) if keys[-1] in PATH_KEYS else value, text
+    return keys, _anchor(value, Path()) if keys[-1] in PATH_KEYS else value, text
 
 
 def _set(tree: dict[str, Any], origins: Origins, keys: Keys, value: Any, text: str) -> None:

@@ -311,8 +311,17 @@ def test_dotted_paths_are_relative_to_their_file(tmp_path, monkeypatch):
     assert recipe.data.train.list == str(tmp_path / "l.csv")
     assert recipe.data.train.prefix == "/home/me/v"
     assert recipe.data.train.source == "./no"
-    assert recipe.run.folder == "./out"
+    assert recipe.run.folder == str(Path("out").absolute())
     assert recipe.data.val.list == "/home/me/v.csv"
+
+
+@pytest.mark.parametrize("path", ["../l.csv", "./l.csv", "l.csv", "a/../l.csv", "~/l.csv"])
+def test_paths_of_overrides_survive_the_run_folder(path):
+    """A rerun reads them back from RUN/recipe.yaml and must find nothing changed."""
+    recipe = load_recipe(write("r.yaml", CLASSIFY), [f"data.train.list={path}"])
+    kept = load_recipe(write("runs/r/recipe.yaml", dump_recipe(recipe)))
+    assert differences(kept, recipe) == []
+    assert kept.data.train.list == recipe.data.train.list
 
 
 def test_plain_paths_are_left_to_the_working_directory():
