@@ -1,5 +1,6 @@
 """Several runs that build on each other, and one table of what came out."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from distill.checkpoint import latest_checkpoint, write_json
 from distill.errors import StateError
 from distill.recipe import Distill, Recipe, Study, Weights
 from distill.recipe_check import STAGE
+from distill.students.warmstart import file_sha256
 from distill.train import train
+
+BEGAN_FROM = "began_from.json"  # in a stage's folder: hashes of the weights of other stages
 
 
 def run_study(study: Study) -> dict[str, Any]:
@@ -21,23 +25,35 @@ def run_study(study: Study) -> dict[str, Any]:
     """
     folder = Path(study.run.folder)
     summaries: dict[str, dict[str, Any]] = {}
-    renewed: set[str] = set()
     for name, recipe in study.stages.items():
-        place = Path(recipe.run.folder)
-        is_finished = (place / "summary.json").exists()
-        has_begun = is_finished or latest_checkpoint(place / "checkpoints")
-        stale = stages_used(recipe) & renewed
-        if has_begun and stale:
-            raise StateError(
-                f"{place}: began from {folder / min(stale)}, which has been trained anew since; "
-                f"delete {place} to train it again"
-            )
-        if not is_finished:
-            renewed.add(name)
-        summaries[name] = train(resolve_stages(recipe, study), place)
+        _note_weights(recipe, study)
+        summaries[name] = train(resolve_stages(recipe, study), Path(recipe.run.folder))
     summary = {"name": study.name, "rows": table_rows(summaries, study), "stages": summaries}
     write_json(folder / "summary.json", summary)
     return summary
+
+
+def _note_weights(recipe: Recipe, study: Study) -> None:
+    """Write down which weights of other stages a stage begins from, or check that it still does."""
+    place = Path(recipe.run.folder)
+    note = place / BEGAN_FROM
+    weights = {
+        stage: Path(study.stages[stage].run.folder) / "model.safetensors"
+        for stage in sorted(stages_used(recipe))
+    }
+    hashes = {stage: file_sha256(path) for stage, path in weights.items() if path.exists()}
+    has_begun = (place / "summary.json").exists() or latest_checkpoint(place / "checkpoints")
+    if has_begun and note.exists():
+        before = json.loads(note.read_text(encoding="utf-8"))
+        for stage, found in hashes.items():
+            if before.get(stage) != found:
+                raise StateError(
+                    f"{place}: began from {study.stages[stage].run.folder}, which has been trained "
+                    f"anew since; delete {place} to train it again"
+                )
+    elif hashes:
+        place.mkdir(parents=True, exist_ok=True)
+        write_json(note, hashes)
 
 
 def resolve_stages(recipe: Recipe, study: Study) -> Recipe:

@@ -63,6 +63,7 @@ def trained(monkeypatch):
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(summary))
+        (path.parent / "model.safetensors").write_text(f"weights of call {len(calls)}")
         return summary
 
     monkeypatch.setattr(module, "train", train)
@@ -113,12 +114,22 @@ def test_stage_of_weights_that_are_no_more_is_refused(study, trained, begun):
     path = Path("runs/s/student") / begun
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("{}")
-    with pytest.raises(StateError) as error:
-        run_study(study)
-    assert str(error.value) == (
-        "runs/s/student: began from runs/s/teacher, which has been trained anew since; "
-        "delete runs/s/student to train it again"
-    )
+    for _ in range(2):  # the second time finds the teacher finished
+        with pytest.raises(StateError) as error:
+            run_study(study)
+        assert str(error.value) == (
+            "runs/s/student: began from runs/s/teacher, which has been trained anew since; "
+            "delete runs/s/student to train it again"
+        )
+
+
+def test_stage_that_was_trained_anew_with_the_same_result_keeps_what_follows(study, trained):
+    run_study(study)
+    weights = Path("runs/s/teacher/model.safetensors").read_text()
+    Path("runs/s/teacher/summary.json").unlink()
+    trained.clear()
+    assert run_study(study)["stages"]["finetune"]["parameters"] == 3000
+    assert Path("runs/s/teacher/model.safetensors").read_text() == weights
 
 
 def test_files_of_ones_own_are_left_alone(study):
