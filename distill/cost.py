@@ -104,7 +104,7 @@ def num_tokens(recipe: Recipe) -> tuple[int, int]:
     patches = math.prod(grid)
     if not isinstance(recipe.objective, Distill):
         return patches, patches
-    return patches, num_visible(patches, grid, recipe.objective.mask)
+    return patches, num_visible(grid, recipe.objective.mask)
 
 
 def record_bytes(recipe: Recipe) -> dict[str, int]:

@@ -1,7 +1,5 @@
 """Which patch tokens a student sees: drawn per clip, view and seed, whatever batch it is in."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -11,19 +9,17 @@ from distill.recipe import Mask
 _VIEW_STEP = -4658895280553007687  # odd, so that every view of a clip gets a key of its own
 
 
-def num_visible(num_patches: int, grid: tuple[int, int, int], mask: Mask) -> int:
+def num_visible(grid: tuple[int, int, int], mask: Mask) -> int:
     """How many of the patches of a token grid (t, h, w) stay visible.
 
     The product with the ratio is truncated as a binary double, per frame for tube masks
     (OpenGVLab/InternVideo2, single_modality/datasets/masking_generator.py), so at least one
-    patch stays. Raises ValueError when the count is not the grid's.
+    patch stays.
     """
-    if num_patches != math.prod(grid):
-        raise ValueError(f"expected {math.prod(grid)} patches in a grid {grid}, got {num_patches}")
+    t, h, w = grid
     if mask.kind == "tube":
-        frames, area = grid[0], grid[1] * grid[2]
-        return frames * (area - int(area * mask.ratio))
-    return num_patches - int(num_patches * mask.ratio)
+        return t * (h * w - int(h * w * mask.ratio))
+    return t * h * w - int(t * h * w * mask.ratio)
 
 
 def draw_tokens(
@@ -45,7 +41,7 @@ def draw_tokens(
     gets no attention of the right shape.
     """
     t, h, w = grid
-    visible = num_visible(t * h * w, grid, mask)
+    visible = num_visible(grid, mask)
     keys = clip_ids + torch.as_tensor(view, device=clip_ids.device) * _VIEW_STEP  # wraps
     if mask.kind == "tube":
         places = _largest(draw.gumbel(keys, "mask", seed, count=h * w), visible // t)  # [B,m]
