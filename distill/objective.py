@@ -80,12 +80,12 @@ class ClassifyObjective(nn.Module):
             parameter.requires_grad_(not name.startswith(frozen))
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
-        """`loss` and `top1` (a share) of clip_id [B], pixels [B,3,T,H,W], label [B] and epoch.
+        """`loss` and `top1` (percent) of clip_id [B], pixels [B,3,T,H,W], label [B] and epoch.
 
         Accumulates in float32.
         """
         keep = draw_keep(self.model, batch["clip_id"], seed=self.seed, epoch=batch["epoch"])
         logits = self.model(batch["pixels"], keep=keep).float()  # [B,V]
         loss = F.cross_entropy(logits, batch["label"], label_smoothing=self.label_smoothing)
-        top1 = (logits.detach().argmax(dim=1) == batch["label"]).float().mean()
+        top1 = 100 * (logits.detach().argmax(dim=1) == batch["label"]).float().mean()
         return {"loss": loss, "top1": top1}
