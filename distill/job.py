@@ -10,6 +10,7 @@ from torch import nn
 
 from distill import recipe as schema
 from distill.cache.build import build_cache
+from distill.cache.identity import cache_identity
 from distill.cache.read import Cache, CachedBatches
 from distill.data.index import Clip, read_list
 from distill.data.load import ClipBatches, Quarantine
@@ -73,9 +74,7 @@ def build_job(recipe: schema.Recipe, folder: Path, *, device: torch.device) -> J
     if is_live:
         model = with_weights(build_student(recipe), recipe)
         loss = DistillObjective(model, objective, seed=seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # of a random teacher, as for a cache
-            teacher = build_teacher(recipe).to(device)
+        teacher = build_teacher(recipe).to(device)
         prepare = LiveTargets(
             teacher, objective.mask, views_seed, precision=objective.teacher.precision
         )
@@ -95,13 +94,14 @@ def _as_read(batch: dict) -> dict:
 def open_cache(recipe: schema.Recipe) -> Cache:
     """The recipe's view cache, made or completed first where records are missing."""
     folder = recipe.objective.cache.folder
+    identity = cache_identity(recipe)  # once: it may take reading all of a teacher's file
     try:
-        return Cache.open(folder, recipe)
+        return Cache.open(folder, recipe, identity=identity)
     except StateError:
         if recipe.data.train.list is None:
             raise  # there are no videos to make the missing records from
-    build_cache(recipe)
-    return Cache.open(folder, recipe)
+    build_cache(recipe, identity=identity)
+    return Cache.open(folder, recipe, identity=identity)
 
 
 def with_weights(model: VideoViT, recipe: schema.Recipe) -> VideoViT:

@@ -1,5 +1,7 @@
 """Recipe sections to models: the only place where the two meet."""
 
+import torch
+
 from distill import recipe as schema
 from distill.errors import InputError
 from distill.students import DistillStudent, VideoClassifier, create_classifier, create_student
@@ -54,7 +56,10 @@ def build_model(recipe: schema.Recipe) -> DistillStudent | VideoClassifier:
 
 
 def build_teacher(recipe: schema.Recipe) -> Teacher:
-    """The frozen teacher of a `distill` recipe, with its weights; raises InputError without any."""
+    """The frozen teacher of a `distill` recipe, with its weights; raises InputError without any.
+
+    A random one is a function of the run's seed, and leaves the global generators as they are.
+    """
     teacher, views = recipe.objective.teacher, recipe.data.views
     if teacher.weights is None and not teacher.random:
         raise InputError(
@@ -64,20 +69,22 @@ def build_teacher(recipe: schema.Recipe) -> Teacher:
     weights = teacher.weights
     if weights is not None:
         check_sha256(weights)
-    return create_teacher(
-        schema.vit_size(teacher.size),
-        checkpoint=weights and weights.checkpoint,
-        frames=views.frames,
-        image_size=views.image_size,
-        num_layers=teacher.layers,
-        interval=teacher.interval,
-        activation=teacher.activation,
-        tubelet=recipe.model.tubelet,
-        positions=teacher.positions,
-        random=teacher.random,
-        checkpoint_frames=weights and weights.frames,
-        allow_unused=weights.allow_unused if weights else (),
-    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.run.seed)
+        return create_teacher(
+            schema.vit_size(teacher.size),
+            checkpoint=weights and weights.checkpoint,
+            frames=views.frames,
+            image_size=views.image_size,
+            num_layers=teacher.layers,
+            interval=teacher.interval,
+            activation=teacher.activation,
+            tubelet=recipe.model.tubelet,
+            positions=teacher.positions,
+            random=teacher.random,
+            checkpoint_frames=weights and weights.frames,
+            allow_unused=weights.allow_unused if weights else (),
+        )
 
 
 def load_recipe_weights(model: VideoViT, weights: schema.Weights) -> LoadReport:

@@ -13,9 +13,11 @@ import av
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from distill.cache import build as cache_build
+from distill.cache import identity as cache_identity_module
 from distill.cache.build import build_cache
 from distill.cache.identity import cache_identity
 from distill.cache.index import load_index
@@ -24,9 +26,11 @@ from distill.cache.shards import read_shard_index, shard_paths
 from distill.data.index import read_list
 from distill.data.load import ClipBatches, Quarantine, load_view
 from distill.errors import StateError
+from distill.job import open_cache
 from distill.models import build_student, build_teacher
 from distill.objective import DistillObjective
-from distill.recipe import Recipe
+from distill.recipe import Recipe, Weights
+from distill.students.warmstart import file_sha256
 from distill.targets import CachedTargets, LiveTargets, view_records
 
 CLIPS = 7
@@ -363,6 +367,35 @@ def test_a_hash_that_is_not_the_teachers_is_refused(videos, tmp_path):
     )
     with pytest.raises(StateError, match=f"^{message}$"):
         build_cache(recipe, progress=no_progress)
+
+
+def test_opening_and_building_a_cache_reads_the_teachers_file_for_its_hash_once(
+    videos, tmp_path, monkeypatch
+):
+    random = make_recipe(videos, tmp_path / "cache")
+    path = tmp_path / "teacher.safetensors"
+    save_file(build_teacher(random).state_dict(), path)
+    recipe = random.model_copy(
+        update={
+            "objective": random.objective.model_copy(
+                update={
+                    "teacher": random.objective.teacher.model_copy(
+                        update={"random": False, "weights": Weights(checkpoint=str(path))}
+                    )
+                }
+            )
+        }
+    )
+    read = []
+
+    def note(checkpoint):
+        read.append(checkpoint)
+        return file_sha256(checkpoint)
+
+    monkeypatch.setattr(cache_identity_module, "file_sha256", note)
+    cache = open_cache(recipe)
+    assert cache.rows.shape == (CLIPS, 2)
+    assert read == [str(path)]
 
 
 def test_int8_records_are_about_half_the_size_of_half_precision_ones(built, videos, tmp_path):

@@ -123,6 +123,9 @@ def test_a_random_teacher_is_known_by_its_seed():
     settings = {"size": "1B", "random": True}
     identity = cache_identity(recipe(objective__teacher=settings, run__seed=3))
     assert identity["teacher weights (sha256)"] == "random, seed 3"
+    settings["positions"] = "separable"
+    identity = cache_identity(recipe(objective__teacher=settings, run__seed=3))
+    assert identity["teacher weights (sha256)"] == "random, seed 3, separable positions"
 
 
 def test_a_recipe_without_a_cache_is_told_so():

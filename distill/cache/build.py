@@ -67,18 +67,20 @@ def build_cache(
     folder: str | Path | None = None,
     limit: int | None = None,
     progress: Callable[..., AbstractContextManager] = log.progress,
+    identity: dict | None = None,
 ) -> BuildReport:
     """Make the records that a recipe's cache lacks; nothing, not even the teacher, if none.
 
-    `limit` takes the first clips of the list only. Records are committed shard by shard, so a
-    kill at any time loses at most the open one. Clips that cannot be decoded go to the folder's
-    quarantine.jsonl. Raises StateError for a folder that holds another recipe's cache and when
-    too many clips fail, InputError for what is wrong with the recipe's inputs.
+    `limit` takes the first clips of the list only; `identity` is the recipe's `cache_identity`
+    where it is known, which spares hashing a teacher's file again. Records are committed shard
+    by shard, so a kill at any time loses at most the open one. Clips that cannot be decoded go
+    to the folder's quarantine.jsonl. Raises StateError for a folder that holds another recipe's
+    cache and when too many clips fail, InputError for what is wrong with the recipe's inputs.
     """
     started = time.monotonic()
     section = distill_section(recipe)
     folder = Path(folder or section.cache.folder)
-    identity = cache_identity(recipe)
+    identity = identity or cache_identity(recipe)
     clips = read_list(recipe.data.train, seed=recipe.run.seed)[:limit]
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
@@ -215,6 +217,4 @@ def _teacher(recipe: Recipe):
                 f"objective.cache.teacher_hash is {expected}, but the teacher's is {found}; drop "
                 "the hash from the recipe, or give the teacher it belongs to"
             )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.run.seed)  # of a random teacher, which is known by it
-        return build_teacher(recipe)
+    return build_teacher(recipe)

@@ -14,17 +14,17 @@ from distill.students.warmstart import file_sha256
 REVISIONS = {"layout": 1, "sampling": 1, "augmentation": 1, "mask": 1, "codes": 1}
 
 
-def cache_identity(recipe: Recipe, *, teacher: str | None = None) -> dict:
+def cache_identity(recipe: Recipe) -> dict:
     """The identity that a recipe's records have, as a flat dict of JSON values.
 
-    `teacher` is the hash of its weights where it is known already (see `teacher_hash`).
+    Reads the teacher's whole file where the recipe does not hold its hash (`teacher_hash`).
     Raises InputError for a recipe without a cache.
     """
     section = distill_section(recipe)
     views = recipe.data.views.model_dump(mode="json", exclude={"decoder", "sampling"})
     sampling = recipe.data.views.sampling.model_dump(mode="json")
     return {
-        "teacher weights (sha256)": teacher or teacher_hash(recipe),
+        "teacher weights (sha256)": teacher_hash(recipe),
         "objective.teacher.size": _size_name(section.teacher.size),
         "objective.teacher.activation": section.teacher.activation,
         "objective.teacher.precision": section.teacher.precision,
@@ -54,15 +54,16 @@ def distill_section(recipe: Recipe) -> Distill:
 def teacher_hash(recipe: Recipe) -> str:
     """What tells a teacher's weights from others': the sha256 of their file.
 
-    A hash in the recipe spares the file; a random teacher is known by its seed. Raises
-    InputError when there is neither.
+    A hash in the recipe spares the file; a random teacher is known by its seed and by which
+    tables it draws. Raises InputError when there is neither.
     """
     section = distill_section(recipe)
     weights = section.teacher.weights
     if section.cache.teacher_hash is not None:
         return section.cache.teacher_hash.lower()
     if weights is None:
-        return f"random, seed {recipe.run.seed}"
+        tables = "" if section.teacher.positions == "joint" else ", separable positions"
+        return f"random, seed {recipe.run.seed}{tables}"
     if weights.sha256 is not None:
         return weights.sha256.lower()
     if not Path(weights.checkpoint).exists():

@@ -43,16 +43,16 @@ class Cache:
         self.folder, self.index, self.rows = folder, index, rows
 
     @classmethod
-    def open(cls, folder: str | Path, recipe: Recipe) -> "Cache":
+    def open(cls, folder: str | Path, recipe: Recipe, *, identity: dict | None = None) -> "Cache":
         """Check a cache against a recipe; reads indexes only, and no teacher's file if its hash
-        is in the recipe.
+        is in the recipe or `identity`, the recipe's `cache_identity`, is given.
 
         Raises StateError, in one line that says what to do, for a cache that is missing,
         damaged, incomplete or made with other settings.
         """
         folder = Path(folder)
         num_views = distill_section(recipe).cache.views
-        index = load_index(folder, cache_identity(recipe))
+        index = load_index(folder, identity or cache_identity(recipe))
         if not len(index):
             raise StateError(
                 f"cache {folder}: no records there; run 'distill cache-teacher' to make them"
