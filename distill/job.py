@@ -28,11 +28,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """What the loop trains on. `prepare` turns a batch as read into one the objective takes."""
+    """What the loop trains on. `prepare` turns a batch as read into one the objective takes.
+
+    Without epochs to train for, `batches` is None.
+    """
 
     model: VideoViT
     objective: nn.Module
-    batches: ClipBatches | CachedBatches
+    batches: ClipBatches | CachedBatches | None
     prepare: Callable[[dict], dict]
     clip_names: Callable[[Sequence[int]], list[str]]
     quarantine: Quarantine | None
@@ -54,6 +57,10 @@ def build_job(recipe: schema.Recipe, folder: Path, *, device: torch.device) -> J
         )
 
     is_live = isinstance(objective, schema.Distill)
+    if not is_live and not recipe.optim.epochs:  # weights to evaluate: no list to train on
+        model = with_weights(build_classifier(recipe), recipe)
+        loss = ClassifyObjective(model, objective, seed=seed)
+        return Job(model, loss, None, _as_read, lambda ids: [], None)
     clips = read_list(recipe.data.train, seed=seed) if is_live else labelled_clips(recipe, "train")
     check_videos(clips, recipe.data.train)
     quarantine = Quarantine(
@@ -116,7 +123,7 @@ def check_evaluation(recipe: schema.Recipe) -> None:
     """Raise InputError now for what would stop an evaluation after hours of training."""
     if not isinstance(recipe.objective, schema.Classify):
         return
-    if recipe.data.val is not None and recipe.evaluate.every_epochs:
+    if recipe.data.val is not None and recipe.optim.epochs and recipe.evaluate.every_epochs:
         check_videos(labelled_clips(recipe, "val"), recipe.data.val)
     if has_evaluation(recipe):
         split = recipe.evaluate.split

@@ -247,8 +247,9 @@ def missing_inputs(
     prefix = "" if stage is None else f"stages.{stage}."
     is_distill = isinstance(recipe.objective, Distill)
     is_cached = verb == "train" and _has_cache(recipe)
-    splits = [] if verb == "evaluate" else ["train"]
-    if verb == "train" and not is_distill and recipe.evaluate.every_epochs:
+    only_evaluates = not is_distill and not recipe.optim.epochs
+    splits = [] if verb == "evaluate" or only_evaluates else ["train"]
+    if verb == "train" and not (is_distill or only_evaluates) and recipe.evaluate.every_epochs:
         splits.append("val")
     if verb == "evaluate" or (verb == "train" and not is_distill):
         splits.append(recipe.evaluate.split)

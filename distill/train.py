@@ -75,7 +75,9 @@ def train(recipe: schema.Recipe, folder: str | Path) -> dict:
             check_evaluation(recipe)
             job = build_job(recipe, folder, device=device)
             with StopRequest() as stop:
-                at = Run(recipe, job, folder, device=device, stop=stop).train()
+                at = Position()
+                if job.batches is not None:
+                    at = Run(recipe, job, folder, device=device, stop=stop).train()
                 return finish(recipe, job, folder, at, device=device, stop=stop)
 
 

@@ -525,6 +525,13 @@ def test_each_command_misses_what_it_reads():
     }  # fmt: skip
 
 
+def test_without_epochs_only_the_list_of_the_evaluation_is_missed():
+    overrides = ["optim.epochs=0", "optim.warmup_epochs=0", "model.weights={checkpoint: w.pt}"]
+    recipe = load_recipe(write("r.yaml", CLASSIFY), overrides)
+    keys = [line.split(":")[0] for line in missing_inputs(recipe, "train")]
+    assert keys == ["data.test.list", "model.weights.checkpoint"]
+
+
 def test_inputs_of_a_stage_are_named_with_the_stage():
     study = load_recipe(write("r.yaml", STUDY))
     stage = study.stages["finetune"]

@@ -423,6 +423,17 @@ def test_no_epochs_evaluates_the_weights_as_they_are(finished, videos, tmp_path)
     assert_close(one["logits"], other["logits"], rtol=0, atol=0)
 
 
+def test_no_epochs_need_neither_the_training_list_nor_val(finished, videos, tmp_path):
+    weights = {"checkpoint": str(finished[0] / "model.safetensors"), "head": "keep"}
+    gone = {"list": str(tmp_path / "gone.csv")}
+    lists = {"data__train": {"list": None}, "data__val": gone, "model__weights": weights}
+    summary = train(classify(videos, optim__epochs=0, **lists), tmp_path / "run")
+    assert summary["evaluation"]["top1"] == finished[1]["evaluation"]["top1"]
+    assert (summary["train_seconds"], summary["quarantined"]) == (0.0, 0)
+    with pytest.raises(InputError, match=r"gone\.csv: no such list file"):
+        train(classify(videos, optim__epochs=0, data__test=gone), tmp_path / "other")
+
+
 def test_without_lists_to_evaluate_on_a_run_only_trains(videos, tmp_path):
     summary = train(classify(videos, data__val=None, data__test=None, optim__epochs=1), tmp_path)
     assert (summary["steps"], summary["evaluation"]) == (3, None)
