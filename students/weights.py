@@ -46,7 +46,14 @@ def weights_file(path: str | Path) -> Path:
     if not path.is_dir():
         raise WeightsError(f"{path}: no such file; check the path of the weights")
     tag = path / "latest"
-    folder = path / tag.read_text().strip() if tag.is_file() else path
+    folder = path
+    if tag.is_file():
+        name = tag.read_text(encoding="utf-8", errors="replace").strip()
+        if (
+            name in ("", "..") or Path(name).name != name
+        ):  # it names a folder beside it, and nothing further away
+            raise WeightsError(f"{tag}: expected a folder's name, found {name[:80]!r}")
+        folder = path / name
     found = [folder / name for name in FOLDER_FILES if (folder / name).is_file()]
     if len(found) == 1:
         return found[0]

@@ -15,6 +15,7 @@ from distill.students.warmstart import (
     k710_rows,
     load_weights,
     read_weights,
+    weights_file,
 )
 from distill.teachers import create_teacher
 
@@ -668,3 +669,16 @@ def test_sha256_of_a_file_and_of_the_folder_that_holds_it(tmp_path):
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert file_sha256(tmp_path / "model.safetensors") == expected
     assert file_sha256(tmp_path) == expected
+
+
+@pytest.mark.parametrize("name", [b"../other", b"..", b"/etc", b"a/b", b"", b"\xff"])
+def test_a_tag_that_is_no_folders_name_is_refused(tmp_path, name):
+    folder = tmp_path / "run"
+    for place in (folder, tmp_path, tmp_path / "other", folder / "a" / "b"):
+        place.mkdir(parents=True, exist_ok=True)
+    for place in (tmp_path, tmp_path / "other", folder / "a" / "b"):
+        torch.save({}, place / "pytorch_model.bin")
+    (folder / "latest").write_bytes(name)
+    with pytest.raises(WeightsError) as error:
+        weights_file(folder)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
