@@ -11,7 +11,15 @@ from distill.teachers import Teacher, create_teacher
 
 
 def build_student(recipe: schema.Recipe) -> DistillStudent:
-    """The distillation student of a `distill` recipe, with fresh weights."""
+    """The distillation student of a `distill` recipe, with fresh weights.
+
+    Raises InputError for a student whose tokens would not be the teacher's.
+    """
+    if recipe.model.tubelet != 1:
+        raise InputError(
+            f"{recipe.name}: model.tubelet: must be 1, as a teacher's targets are a patch each, "
+            f"got {recipe.model.tubelet}"
+        )
     teacher = recipe.objective.teacher
     teacher_size = resolve_size(schema.vit_size(teacher.size))
     model, views = recipe.model, recipe.data.views
@@ -25,7 +33,6 @@ def build_student(recipe: schema.Recipe) -> DistillStudent:
         decoder=recipe.objective.decoder,
         drop_path=model.drop_path,
         activation=model.activation,
-        tubelet=model.tubelet,
         positions=model.positions,
         checkpoint_blocks=model.checkpoint_blocks,
     )
@@ -79,7 +86,6 @@ def build_teacher(recipe: schema.Recipe) -> Teacher:
             num_layers=teacher.layers,
             interval=teacher.interval,
             activation=teacher.activation,
-            tubelet=recipe.model.tubelet,
             positions=teacher.positions,
             random=teacher.random,
             checkpoint_frames=weights and weights.frames,

@@ -4,13 +4,15 @@ A recipe is one run: a model, its data, an objective and how to optimise it. A s
 runs that share settings: each of its stages is a recipe, run in order in a folder of its own.
 """
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
-from distill.students.vit import ViTSize
+if TYPE_CHECKING:
+    from distill.students.vit import ViTSize
 
 Share = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 
@@ -31,8 +33,10 @@ class Size(Section):
     layer_scale: Positive = 1e-5
 
 
-def vit_size(size: str | Size) -> str | ViTSize:
+def vit_size(size: str | Size) -> "str | ViTSize":
     """What `create_student` and its siblings take."""
+    from distill.students.vit import ViTSize  # not at the top: loader workers do without torch
+
     return ViTSize(**size.model_dump()) if isinstance(size, Size) else size
 
 
@@ -55,7 +59,7 @@ class Model(Section):
     tubelet: PositiveInt = 1
     positions: Literal["joint", "separable"] = "joint"
     activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
-    drop_path: Share = 0.0
+    drop_path: BelowOne = 0.0
     checkpoint_blocks: NonNegativeInt = Field(0, description="blocks recomputed in the backward")
     weights: Weights | None = None
 
@@ -97,13 +101,13 @@ class ClipList(Section):
 
 
 class SparseSampling(Section):
-    """One frame from each of T equal segments (the published choice for everything but UCF101)."""
+    """One frame from each of T equal segments that share ends: the published finetuning choice."""
 
     kind: Literal["sparse"] = "sparse"
 
 
 class SegmentSampling(Section):
-    """Segments of whole frames, as the Something-Something readers draw them."""
+    """Segments of whole frames, as distillation and the Something-Something readers draw them."""
 
     kind: Literal["segment"]
 
@@ -115,9 +119,7 @@ class DenseSampling(Section):
     stride_frames: PositiveInt = 4
 
 
-Sampling = Annotated[
-    SparseSampling | SegmentSampling | DenseSampling, Field(discriminator="kind")
-]
+Sampling = Annotated[SparseSampling | SegmentSampling | DenseSampling, Field(discriminator="kind")]
 
 
 class Views(Section):
@@ -146,7 +148,7 @@ class Data(Section):
 
 class Mask(Section):
     kind: Literal["attention", "tube", "random"] = "attention"
-    ratio: Annotated[float, Field(ge=0, lt=1)] = 0.8
+    ratio: BelowOne = 0.8
 
 
 class Cache(Section):
@@ -198,7 +200,7 @@ class Optim(Section):
     lr_per_batch: PositiveInt | None = Field(256, description="null takes lr as it stands")
     micro_batch: PositiveInt | None = Field(None, description="clips in a forward; all when null")
     weight_decay: NonNegative = 0.05
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     eps: Positive = 1e-8
     clip_grad: Positive | None = None
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0

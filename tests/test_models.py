@@ -1,10 +1,14 @@
 """From recipe sections to models."""
 
+import re
+
+import pytest
 import torch
 from test_cache_identity import recipe
 from torch.testing import assert_close
 
-from distill.models import build_teacher
+from distill.errors import InputError
+from distill.models import build_student, build_teacher
 
 TEACHER = {
     "size": {"width": 32, "depth": 3, "heads": 2, "pooled_width": 16},
@@ -17,6 +21,12 @@ TEACHER = {
 def teacher(seed):
     views = {"data__views__frames": 2, "data__views__image_size": 28}
     return build_teacher(recipe(objective__teacher=TEACHER, run__seed=seed, **views))
+
+
+def test_a_student_of_longer_tokens_than_the_teachers_is_refused():
+    message = "tiny: model.tubelet: must be 1, as a teacher's targets are a patch each, got 2"
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        build_student(recipe(model__tubelet=2))
 
 
 def test_a_random_teacher_is_a_function_of_the_runs_seed():

@@ -406,6 +406,8 @@ def test_empty_study_is_refused():
          "data.views.image_size=225: must be divisible by the patch, 14 px"),
         (CLASSIFY, "model.tubelet=3", "r.yaml: data.views.frames: must be divisible by "
          "model.tubelet, 3"),
+        (DISTILL, "model.drop_path=1", "model.drop_path=1: must be less than 1, got 1"),
+        (DISTILL, "optim.betas=[0.9,1]", "optim.betas=[0.9,1]: must be less than 1, got 1"),
         (DISTILL, "model.tubelet=2",
          "model.tubelet=2: must be 1, as a teacher's targets are a patch each"),
         (DISTILL, "optim.warmup_epochs=11",
