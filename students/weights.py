@@ -49,9 +49,7 @@ def weights_file(path: str | Path) -> Path:
     folder = path
     if tag.is_file():
         name = tag.read_text(encoding="utf-8", errors="replace").strip()
-        if (
-            name in ("", "..") or Path(name).name != name
-        ):  # it names a folder beside it, and nothing further away
+        if name in ("", "..") or Path(name).name != name:
             raise WeightsError(f"{tag}: expected a folder's name, found {name[:80]!r}")
         folder = path / name
     found = [folder / name for name in FOLDER_FILES if (folder / name).is_file()]
