@@ -173,17 +173,29 @@ def test_a_signal_in_the_middle_of_a_record_leaves_the_whole_ones(
             seen.append(part)
             self.state.update(part)
 
-    settings = {"fields": FIELDS, "identity": IDENTITY, "shard_bytes": 1, "shard_seconds": 1.0}
+    settings = {"fields": FIELDS, "identity": IDENTITY, "shard_bytes": 9999, "shard_seconds": 99.0}
     with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path, **settings) as writer:
         monkeypatch.setattr(xxhash, "xxh3_64", Checksum)
         try:
             for clip in (1, 2):
                 writer.add(clip, 0, values(clip, 0), info(clip, 0))
+                writer.commit_if_full()
         finally:
             monkeypatch.undo()
     index = load_index(tmp_path, IDENTITY)
     assert index.clip_ids.tolist() == [1]
     assert read(index, 0)[1] == info(1, 0)
+
+
+def test_a_signal_in_the_middle_of_a_batch_leaves_the_whole_batches(tmp_path):
+    settings = {"fields": FIELDS, "identity": IDENTITY, "shard_bytes": 9999, "shard_seconds": 99.0}
+    with pytest.raises(SystemExit), ShardWriter(tmp_path, **settings) as writer:
+        for clip in range(4):
+            writer.add(clip, 0, values(clip, 0), info(clip, 0))
+            if clip == 1:
+                writer.commit_if_full()
+        raise SystemExit(143)
+    assert load_index(tmp_path, IDENTITY).clip_ids.tolist() == [0, 1]
 
 
 def test_fields_of_another_shape_are_refused(tmp_path):

@@ -65,7 +65,7 @@ class ShardWriter:
 
     Use as a context manager: the open shard is committed on leaving, also when an error other
     than one of the file system ends the block. A signal may do that in the middle of anything
-    here, so a record counts only once all of it is written.
+    here: a record counts only once all of it is written, and its batch is.
     """
 
     def __init__(
@@ -91,8 +91,10 @@ class ShardWriter:
     def __exit__(self, kind, error, trace) -> None:
         if isinstance(error, OSError):
             self._discard()
-        else:
-            self.commit()
+            return
+        if error is not None and not isinstance(error, Exception) and self._file is not None:
+            del self._records[self._num_settled :]  # a signal's: a batch stays whole
+        self.commit()
 
     def add(self, clip_id: int, view: int, values: Mapping[str, np.ndarray], info: dict) -> None:
         """Append one record; raises ValueError for a field of another dtype or shape."""
@@ -121,6 +123,7 @@ class ShardWriter:
         """Close the open shard when it is large or old enough; call between batches."""
         if self._file is None:
             return
+        self._num_settled = len(self._records)
         is_old = time.monotonic() - self._opened_seconds >= self.shard_seconds
         if is_old or self._end >= self.shard_bytes:
             self.commit()
@@ -168,6 +171,7 @@ class ShardWriter:
     def _open(self) -> None:
         self._path = self.folder / _temporary_name()
         self._opened_seconds = time.monotonic()
+        self._num_settled = 0  # records of whole batches
         self._records: list[tuple[int, int, int, int]] = []  # end, clip id, view, checksum
         # The header precedes the records, but its numbers come last: keep room for it.
         room = len(json.dumps(self._metadata)) + HEADER_SLACK_BYTES
