@@ -12,16 +12,14 @@ from distill import recipe as schema
 from distill.cache.build import build_cache
 from distill.cache.identity import cache_identity
 from distill.cache.read import Cache, CachedBatches
-from distill.data.index import Clip, read_list
+from distill.data.index import check_videos, read_list
 from distill.data.load import ClipBatches, Quarantine
-from distill.errors import InputError, StateError
+from distill.errors import StateError
 from distill.evaluate import labelled_clips
 from distill.models import build_classifier, build_student, build_teacher, load_recipe_weights
 from distill.objective import ClassifyObjective, DistillObjective
 from distill.students.vit import VideoViT
 from distill.targets import CachedTargets, LiveTargets
-
-PROBED_CLIPS = 8  # of a list, to tell a wrong folder from missing videos
 
 logger = logging.getLogger(__name__)
 
@@ -133,15 +131,6 @@ def check_evaluation(recipe: schema.Recipe) -> None:
 def has_evaluation(recipe: schema.Recipe) -> bool:
     """Whether there is a list to evaluate on; a run without one only trains."""
     return recipe.data.val is not None or recipe.data.test is not None
-
-
-def check_videos(clips: Sequence[Clip], section: schema.ClipList) -> None:
-    """Raise InputError if none of the first videos exists: that is a wrong folder, not bad luck."""
-    if not any(Path(clip.path).exists() for clip in clips[:PROBED_CLIPS]):
-        raise InputError(
-            f"{section.list}: {clips[0].path} is not there, nor are the clips after it; "
-            "set the list's `prefix` to the folder that holds them"
-        )
 
 
 def describe_model(recipe: schema.Recipe) -> dict[str, str]:

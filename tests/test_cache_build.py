@@ -25,7 +25,7 @@ from distill.cache.read import Cache, CachedBatches
 from distill.cache.shards import read_shard_index, shard_paths
 from distill.data.index import read_list
 from distill.data.load import ClipBatches, Quarantine, load_view
-from distill.errors import StateError
+from distill.errors import InputError, StateError
 from distill.job import open_cache
 from distill.models import build_student, build_teacher
 from distill.objective import DistillObjective
@@ -357,6 +357,18 @@ def test_too_many_clips_that_cannot_be_decoded_stop_the_build(flawed, tmp_path):
     recipe = make_recipe(flawed, tmp_path / "cache", data={"max_quarantined": 0.1})
     with pytest.raises(StateError):
         build_cache(recipe, progress=no_progress)
+
+
+def test_a_wrong_folder_of_videos_puts_none_in_quarantine(videos, tmp_path):
+    train = {"list": str(videos / "train.csv"), "prefix": str(tmp_path)}
+    recipe = make_recipe(videos, tmp_path / "cache", data={"train": train})
+    message = (
+        f"{train['list']}: {tmp_path / '0.mp4'} is not there, nor are the clips after it; set the "
+        "list's `prefix` to the folder that holds them"
+    )
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        build_cache(recipe, progress=no_progress)
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_hash_that_is_not_the_teachers_is_refused(videos, tmp_path):

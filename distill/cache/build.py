@@ -21,7 +21,7 @@ from distill.cache.identity import cache_identity, distill_section, teacher_hash
 from distill.cache.index import load_index
 from distill.cache.read import QUARANTINE_FILE, quarantined_ids
 from distill.cache.shards import Field, ShardWriter, remove_leftovers
-from distill.data.index import Clip, read_list
+from distill.data.index import Clip, check_videos, read_list
 from distill.data.load import ClipLoader, Quarantine, Task, View, collate, load_task
 from distill.engine import pick_device, to_device
 from distill.errors import StateError
@@ -91,6 +91,8 @@ def build_cache(
     wanted = ~is_there & ~skipped  # [V,C]
     written = size_bytes = 0
     if wanted.any():
+        # A wrong folder would fill the quarantine.
+        check_videos([clips[i] for i in np.flatnonzero(wanted.any(axis=0))], recipe.data.train)
         with progress(
             f"cache {folder}", total=is_there.size, unit="views", done=int((~wanted).sum())
         ) as bar:

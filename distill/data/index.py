@@ -5,7 +5,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from distill import draw
@@ -22,6 +22,7 @@ FORMS = {
 }
 _DELIMITERS = {"tabs": "\t", "commas": ",", "blanks": " "}
 _SAMPLE_LINES = 1000  # how many lines decide what separates the fields
+_PROBED_CLIPS = 8  # of a list, to tell a wrong folder from missing videos
 _SHOWN_LINES = 20  # bad lines spelt out in a message; the rest are counted
 _BLANKS = re.compile(r'"((?:[^"]|"")*)"(?=\s|$)|([^"\s]\S*)')
 
@@ -84,6 +85,15 @@ def read_list(section: ClipList, *, seed: int = 0) -> list[Clip]:
     if wrong:
         raise InputError(_all_wrong(wrong))
     return _keep_share(clips, section.share, seed) if section.share < 1 else clips
+
+
+def check_videos(clips: Sequence[Clip], section: ClipList) -> None:
+    """Raise InputError if none of the first videos exists: that is a wrong folder, not bad luck."""
+    if not any(os.path.exists(clip.path) for clip in clips[:_PROBED_CLIPS]):
+        raise InputError(
+            f"{section.list}: {clips[0].path} is not there, nor are the clips after it; "
+            "set the list's `prefix` to the folder that holds them"
+        )
 
 
 def _read_lines(path: Path) -> list[tuple[int, str]]:
