@@ -117,7 +117,7 @@ def test_too_many_faults_stop_the_run_and_its_workers():
         list(run)
     assert str(raised.value) == (
         "2 of 10 clips cannot be decoded, more than data.max_quarantined=0.1 allows; the last: "
-        "/videos/segfault: its worker was ended by SIGSEGV"
+        "/videos/segfault: its worker was ended by SIGSEGV; mend them, or raise the share"
     )
     wait_until_gone(int(pair[1].decoder))
 
@@ -252,6 +252,7 @@ def test_python_ends_while_a_run_is_left_open(tmp_path):
     text += "    run = loader.run([[faults.task('ok')]] * 9)\n    next(run)\n"
     with run_script(text.replace(', [faults.task("hang")]', ""), tmp_path) as trainer:
         assert trainer.wait(timeout=60) == 0
+        assert "Exception ignored" not in trainer.stdout.read()
 
 
 def test_a_suspended_run_does_not_blame_its_clips(tmp_path):

@@ -73,7 +73,11 @@ class Quarantine:
             raise StateError(
                 f"{len(self.entries)} of {self._total} clips cannot be decoded, more than "
                 f"data.max_quarantined={self._max_share:g} allows; the last: {reason}"
-                + (f"; all are in {self.path}" if self.path is not None else "")
+                + (
+                    f"; all are in {self.path}: mend them and delete that file, or raise the share"
+                    if self.path is not None
+                    else "; mend them, or raise the share"
+                )
             )
 
 
@@ -187,6 +191,8 @@ class _Pool(threading.Thread):
 
     def stop(self) -> None:
         atexit.unregister(self.stop)
+        if self._ring.closed:  # at Python's end first, then by the run that was left open
+            return
         self._is_stopping = True
         self._ring.send_bytes(b"")
         self.join()
