@@ -146,7 +146,9 @@ def test_a_quarantine_survives_a_line_cut_short(tmp_path):
     path = tmp_path / "run" / "quarantine.jsonl"
     Quarantine(path, total=9, max_share=0.5).add(task("a", 1).clip, "bad é")
     path.write_bytes(path.read_bytes() + b'{"id": 2, "na')
+    written = path.read_bytes()
     quarantine = Quarantine(path, total=9, max_share=0.5)
+    assert path.read_bytes() == written, "another process may be about to write the rest"
     quarantine.add(task("c", 3).clip, "worse")
     entries = Quarantine(path, total=9, max_share=0.5).entries
     assert [(entry["id"], entry["reason"]) for entry in entries] == [(1, "bad é"), (3, "worse")]

@@ -48,6 +48,7 @@ class Quarantine:
         if path is not None and path.exists():
             self.entries = _read_entries(path)
         self._ids = {entry["id"] for entry in self.entries}
+        self._is_mended = False
 
     def __contains__(self, clip: Clip) -> bool:
         return clip.id in self._ids
@@ -67,6 +68,9 @@ class Quarantine:
         self.entries.append(entry)
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not self._is_mended:
+                _cut_half_line(self.path)
+                self._is_mended = True
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         if len(self.entries) > self._max_share * self._total:
@@ -81,11 +85,16 @@ class Quarantine:
             )
 
 
+def _cut_half_line(path: Path) -> None:
+    """Only before more is written: whoever just reads leaves the file of a running build alone."""
+    if path.exists():
+        data = path.read_bytes()
+        os.truncate(path, data.rfind(b"\n") + 1)
+
+
 def _read_entries(path: Path) -> list[dict[str, int | str]]:
     data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):  # a killed run left half a line
-        path.write_bytes(whole)
+    whole = data[: data.rfind(b"\n") + 1]  # a killed run may have left half a line
     try:
         entries = [json.loads(line) for line in whole.splitlines()]
         if all(isinstance(entry["id"], int) for entry in entries):
