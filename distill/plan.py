@@ -186,15 +186,15 @@ def plan_rows(plan: Plan) -> Iterator[tuple[str, str]]:
         f"peak {plan.peak_lr:g} after {plan.warmup_steps:,} steps, floor {plan.floor_lr:g}",
     )
     yield "model", f"{plan.size}: {plan.parameters:,} parameters, {plan.tokens:,} tokens a clip"
-    step = f"{plan.step_tflop:.4f} TFLOP a clip, of which forward {plan.forward_tflop:.4f}"
-    yield "training step", step
+    forward = _flops(plan.forward_tflop)
+    yield "training step", f"{_flops(plan.step_tflop)} a clip, of which forward {forward}"
     teacher, cache = plan.teacher, plan.cache
     if teacher is not None:
         share = teacher.forward_tflop / (teacher.forward_tflop + plan.step_tflop)
         yield (
             "as published",
             (
-                f"{teacher.step_tflop_all_embedded:.4f} TFLOP a clip: embeds all patches, then "
+                f"{_flops(teacher.step_tflop_all_embedded)} a clip: embeds all patches, then "
                 "drops the masked ones"
             ),
         )
@@ -202,31 +202,28 @@ def plan_rows(plan: Plan) -> Iterator[tuple[str, str]]:
             "teacher",
             (
                 f"{teacher.size}: {teacher.parameters:,} parameters, "
-                f"{teacher.forward_tflop:.3f} TFLOP a clip, {share:.1%} of a step with live targets"
+                f"{_flops(teacher.forward_tflop)} a clip, {share:.1%} of a step with live targets"
             ),
         )
     if cache is not None:
         fields = ", ".join(f"{name} {size:,}" for name, size in cache.record_bytes.items())
         yield "cached view", f"{cache.view_bytes:,} bytes a clip: {fields}"
         yield "cache", f"{_size(cache.total_bytes)} for {cache.views} views of every clip"
-        yield "memory, cache", f"about {cache.build_memory_gb:.1f} GB"
-    yield "memory, training", f"about {plan.memory_gb:.1f} GB"
+        yield "memory, cache", f"about {_size(cache.build_memory_gb * 1e9)}"
+    yield "memory, training", f"about {_size(plan.memory_gb * 1e9)}"
     yield from _time_rows(plan)
 
 
 def _time_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "time", f"with one device at a sustained {plan.sustained_tflops:g} TFLOP/s:"
     if plan.cache is None:
-        yield (
-            "  training",
-            f"{(plan.teacher.live_hours if plan.teacher else plan.hours):,.1f} hours",
-        )
+        yield "  training", _time(plan.teacher.live_hours if plan.teacher else plan.hours)
         return
-    yield "  cache", f"{plan.cache.build_hours:,.1f} hours, once for all students"
-    yield "  training", f"{plan.hours:,.1f} hours"
+    yield "  cache", f"{_time(plan.cache.build_hours)}, once for all students"
+    yield "  training", _time(plan.hours)
     whole = plan.cache.build_hours + plan.hours
     live = plan.teacher.live_hours
-    yield "  live instead", f"{live:,.1f} hours; with the cache {live / whole:.1f} times faster"
+    yield "  live instead", f"{_time(live)}; with the cache {live / whole:.1f} times faster"
     yield "break-even", f"after epoch {plan.cache.break_even_epoch} of {plan.epochs}"
 
 
@@ -234,11 +231,23 @@ def _hours(tflop: float, sustained_tflops: float) -> float:
     return tflop / (sustained_tflops * 3600)
 
 
-def _size(count: int) -> str:
+def _size(count: float) -> str:
     unit, name = next(
-        (u, n) for u, n in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1, "bytes")) if count >= u
+        (u, n) for u, n in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (0, "bytes")) if count >= u
     )
-    return f"{count / unit:.2f} {name}"
+    return f"{count / (unit or 1):.2f} {name}"
+
+
+def _flops(tflop: float) -> str:
+    if tflop < 0.01:
+        return f"{1000 * tflop:.3f} GFLOP"
+    return f"{tflop:.{3 if tflop >= 1 else 4}f} TFLOP"
+
+
+def _time(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:,.1f} hours"
+    return f"{60 * hours:.0f} minutes" if hours >= 1 / 60 else "under a minute"
 
 
 def _size_name(size: str | Size) -> str:

@@ -136,7 +136,17 @@ def test_rows_say_it_in_words(plans):
     assert rows["steps"] == "100 epochs of 538 steps, the last one of 224 clips: 53,800"
     assert rows["learning rate"] == "peak 0.008 after 10,760 steps, floor 8e-05"
     assert rows["model"] == "L14: 327,183,872 parameters, 411 tokens a clip"
-    assert rows["training step"] == "0.8376 TFLOP a clip, of which forward 0.2793"
+    assert rows["training step"] == "0.8376 TFLOP a clip, of which forward 0.2793 TFLOP"
     assert rows["as published"].startswith("0.8415 TFLOP a clip")
     assert rows["cache"] == "32.86 TB for 8 views of every clip"
     assert rows["break-even"] == "after epoch 8 of 100"
+
+
+def test_small_jobs_are_told_in_small_units():
+    stages = load_recipe("quickstart").stages
+    rows = dict(plan_rows(make_plan(stages["distilled"])))
+    assert rows["training step"] == "0.105 GFLOP a clip, of which forward 0.036 GFLOP"
+    assert rows["memory, training"].endswith(" MB")
+    assert rows["  training"] == "under a minute"
+    slow = make_plan(stages["distilled"], sustained_tflops=0.01)
+    assert dict(plan_rows(slow))["  training"] == "8 minutes"
