@@ -155,7 +155,7 @@ class ShardWriter:
         self.committed_shards += 1
 
     def _open(self) -> None:
-        self._path = self.folder / _temporary_name()
+        self._path = self.folder / temporary_name()
         self._opened_seconds = time.monotonic()
         self._offsets, self._clip_ids, self._views, self._checksums = [0], [], [], []
         # The header precedes the records, but its numbers come last: keep room for it.
@@ -297,7 +297,8 @@ def canonical(value) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
-def _temporary_name() -> str:
+def temporary_name() -> str:
+    """The name of a file that this process has open; see `remove_leftovers`."""
     return f"open-{socket.gethostname()}-{os.getpid()}-{time.monotonic_ns()}"
 
 
