@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from distill.cache.codes import row_bytes
 from distill.mask import num_visible
 from distill.recipe import Distill, Recipe, vit_size
 from distill.students.vit import PATCH, VideoViT, ViTSize, resolve_size
@@ -116,10 +117,10 @@ def record_bytes(recipe: Recipe) -> dict[str, int]:
     fields = {
         "tokens": (2 if patches <= 2**15 else 4) * visible,
         "patches": visible * 3 * PATCH**2,
-        "codes": rows * teacher.width * (2 if section.cache.codes == "fp16" else 1),
+        "codes": rows * row_bytes(section.cache.codes, teacher.width),
     }
-    if section.cache.codes == "int8":
-        fields["scales"] = 4 * rows
+    if section.cache.codes != "fp16":
+        fields["scales"] = 2 * rows
     return {**fields, "pooled": 2 * teacher.pooled_width, "attention": 4 * patches}
 
 

@@ -49,7 +49,7 @@ def build_job(recipe: schema.Recipe, folder: Path, *, device: torch.device) -> J
             student,
             DistillObjective(student, objective, seed=seed),
             CachedBatches(cache, batch_size=batch_size, seed=seed),
-            CachedTargets(),
+            CachedTargets(cache.codec),
             cache.clip_names,
             None,
         )

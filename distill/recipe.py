@@ -157,7 +157,7 @@ class Cache(Section):
     folder: str
     views: PositiveInt = 8
     seed: int = Field(0, description="of views and masks; runs of any seed train from them")
-    codes: Literal["fp16", "int8"] = "int8"
+    codes: Literal["fp16", "8bit", "4bit", "3bit", "2bit"] = "8bit"
     batch_size: PositiveInt = Field(16, description="clips in a teacher forward while building")
     shard_mb: PositiveInt = 512
     shard_minutes: Positive = 5.0

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from distill.cache import codes
+from distill.cache.codes import Codec
 from distill.engine import autocast
 from distill.mask import draw_tokens
 from distill.recipe import Mask
@@ -65,10 +65,13 @@ class LiveTargets:
 
 
 class CachedTargets:
-    """Decodes a batch of `CachedBatches`."""
+    """Decodes a batch of `CachedBatches` with its cache's codec."""
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec = codec
 
     def __call__(self, batch: dict) -> dict:
-        middle = codes.decode(batch["codes"], batch.get("scales"))
+        middle = self.codec.decode(batch["codes"], batch.get("scales"))
         return {
             "clip_id": batch["clip_id"],
             "epoch": batch["epoch"],

@@ -19,6 +19,8 @@ from torch.testing import assert_close
 from distill.cache import build as cache_build
 from distill.cache import identity as cache_identity_module
 from distill.cache.build import build_cache
+from distill.cache.calibrate import read_codec, with_codec
+from distill.cache.codes import Codec
 from distill.cache.identity import cache_identity
 from distill.cache.index import load_index
 from distill.cache.read import Cache, CachedBatches
@@ -120,8 +122,9 @@ def cache_folder(recipe):
 
 def records(recipe):
     """Every record of a cache by clip and view: its arrays, and its view's JSON."""
-    index = load_index(cache_folder(recipe), cache_identity(recipe))
-    cache = Cache(cache_folder(recipe), index, np.zeros((1, 1), int))
+    folder, identity = cache_folder(recipe), cache_identity(recipe)
+    index = load_index(folder, with_codec(identity, read_codec(folder, identity)))
+    cache = Cache(folder, index, np.zeros((1, 1), int))
     return {
         (int(index.clip_ids[row]), int(index.views[row])): cache.read(row)
         for row in range(len(index))
@@ -199,6 +202,8 @@ def test_a_second_build_does_nothing(built, monkeypatch):
 BUILD = """
 import sys
 from distill.cache.build import build_cache
+from distill.cache.calibrate import read_codec, with_codec
+from distill.cache.codes import Codec
 from distill.recipe import Recipe
 
 if __name__ == "__main__":
@@ -312,10 +317,10 @@ def test_views_can_be_added(built, videos, tmp_path):
 def test_another_recipe_may_not_build_into_a_cache(built, videos):
     recipe, _ = built
     before = sorted(cache_folder(recipe).iterdir())
-    other = make_recipe(videos, cache_folder(recipe), cache={"codes": "int8"})
+    other = make_recipe(videos, cache_folder(recipe), cache={"codes": "4bit"})
     message = (
         f"cache {cache_folder(recipe)}: holds objective.cache.codes fp16, the recipe asks for "
-        "int8; set objective.cache.codes=fp16, or set objective.cache.folder to a new folder and "
+        "4bit; set objective.cache.codes=fp16, or set objective.cache.folder to a new folder and "
         "run 'distill cache-teacher'"
     )
     with pytest.raises(StateError, match=f"^{re.escape(message)}$"):
@@ -410,8 +415,8 @@ def test_opening_and_building_a_cache_reads_the_teachers_file_for_its_hash_once(
     assert read == [str(path)]
 
 
-def test_int8_records_are_about_half_the_size_of_half_precision_ones(built, videos, tmp_path):
-    recipe = make_recipe(videos, tmp_path / "cache", cache={"codes": "int8", "views": 1})
+def test_8_bit_records_are_about_half_the_size_of_half_precision_ones(built, videos, tmp_path):
+    recipe = make_recipe(videos, tmp_path / "cache", cache={"codes": "8bit", "views": 1})
     build_cache(recipe, progress=no_progress)
     small, large = next(iter(records(recipe).values())), next(iter(records(built[0]).values()))
     assert small[0]["codes"].nbytes * 2 == large[0]["codes"].nbytes == 2 * 3 * 14 * 176
@@ -437,17 +442,21 @@ def loss_curve(recipe, batches, prepare, *, epochs=3):
     return torch.stack(curve), clips
 
 
-@pytest.mark.parametrize(("kind", "tolerance"), [("fp16", 2**-11), ("int8", 2e-3)])
+@pytest.mark.parametrize(
+    ("kind", "tolerance"),
+    [("fp16", 2**-11), ("8bit", 0.0015), ("4bit", 0.006), ("3bit", 0.02), ("2bit", 0.04)],
+)
 def test_cached_and_live_training_give_the_same_curve(videos, tmp_path, kind, tolerance):
     """Real files, decoded anew by the live run; two views, so that epoch 2 sees epoch 0's again."""
     recipe = make_recipe(
         videos, tmp_path / "cache", cache={"codes": kind, "seed": 5}, run={"seed": 1}
     )
     build_cache(recipe, progress=no_progress)
+    cache = Cache.open(cache_folder(recipe), recipe)
     cached, cached_clips = loss_curve(
         recipe,
-        CachedBatches(Cache.open(cache_folder(recipe), recipe), batch_size=3, seed=recipe.run.seed),
-        CachedTargets(),
+        CachedBatches(cache, batch_size=3, seed=recipe.run.seed),
+        CachedTargets(cache.codec),
     )
     torch.manual_seed(recipe.run.seed)
     live, live_clips = loss_curve(
@@ -475,13 +484,13 @@ def test_the_curve_would_tell_other_views_apart(built, videos):
     cached, _ = loss_curve(
         recipe,
         CachedBatches(Cache.open(cache_folder(recipe), recipe), batch_size=3, seed=0),
-        CachedTargets(),
+        CachedTargets(Codec("fp16")),
         epochs=1,
     )
     other, _ = loss_curve(
         recipe,
         CachedBatches(Cache.open(cache_folder(recipe), recipe), batch_size=3, seed=1),
-        CachedTargets(),
+        CachedTargets(Codec("fp16")),
         epochs=1,
     )
     assert float((cached - other).abs().max()) > 5e-3

@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from distill.cache.identity import REVISIONS, cache_identity, require_identity
+from distill.cache.identity import MEANS, REVISIONS, cache_identity, require_identity
 from distill.errors import InputError, StateError
 from distill.recipe import Recipe
 from distill.students.warmstart import file_sha256
@@ -46,7 +46,7 @@ def recipe(**changes):
         ),
         ("objective__mask__kind", "tube", "holds objective.mask.kind attention, the recipe asks"),
         ("objective__mask__ratio", 0.9, "holds objective.mask.ratio 0.8, the recipe asks for 0.9"),
-        ("objective__cache__codes", "fp16", "holds objective.cache.codes int8, the recipe asks fo"),
+        ("objective__cache__codes", "fp16", "holds objective.cache.codes 8bit, the recipe asks fo"),
         ("objective__cache__seed", 1, "holds objective.cache.seed 0, the recipe asks for 1; set "),
         ("objective__teacher__size", "6B", "holds objective.teacher.size 1B, the recipe asks for"),
         ("objective__teacher__layers", 3, "holds objective.teacher.layers 6, the recipe asks fo"),
@@ -73,10 +73,38 @@ def test_every_setting_of_a_record_is_part_of_it(path, value, line):
 @pytest.mark.parametrize("revision", sorted(REVISIONS))
 def test_every_revision_is_part_of_it(revision, monkeypatch):
     found = cache_identity(recipe())
+    line = f"cache c: holds {revision} revision {REVISIONS[revision]}, the recipe asks for 99; set"
     monkeypatch.setitem(REVISIONS, revision, 99)
-    line = f"cache c: holds {revision} revision 1, the recipe asks for 99; set objective.cache.f"
     with pytest.raises(StateError, match=line):
         require_identity(found, cache_identity(recipe()), where="cache c")
+
+
+@pytest.mark.parametrize("codes", ["fp16", "8bit", "4bit", "3bit", "2bit"])
+def test_codes_are_named_by_their_kind(codes):
+    assert cache_identity(recipe(objective__cache__codes=codes))["objective.cache.codes"] == codes
+
+
+@pytest.mark.parametrize(
+    ("expected", "line"),
+    [
+        ({MEANS: "cd34"}, "means.safetensors holds cd34"),
+        ({}, "means.safetensors is not there"),
+    ],
+)
+def test_codes_with_other_means_are_refused(expected, line):
+    message = (
+        f"cache c: its codes need the means ab12, but {line}; put that file back, or delete the "
+        "folder and run 'distill cache-teacher' again"
+    )
+    ours = cache_identity(recipe())
+    with pytest.raises(StateError, match=f"^{re.escape(message)}$"):
+        require_identity({**ours, MEANS: "ab12"}, {**ours, **expected}, where="cache c")
+
+
+def test_a_setting_that_differs_is_named_before_the_means():
+    found = {MEANS: "ab12", **cache_identity(recipe())}
+    with pytest.raises(StateError, match="holds objective.cache.codes 8bit, the recipe asks for 4"):
+        require_identity(found, cache_identity(recipe(objective__cache__codes="4bit")), where="c")
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ def make(tmp_path, *, keep=lambda clip, view: True, views=VIEWS):
         data__train__list=str(tmp_path / "train.csv"),
         objective__cache__folder=str(tmp_path / "cache"),
         objective__cache__views=views,
+        objective__cache__codes="fp16",
     )
     clips = read_list(ours.data.train)
     folder = tmp_path / "cache"
@@ -221,7 +222,11 @@ def test_fewer_views_than_cached_may_be_asked_for_but_not_more(tmp_path):
     ours, _, folder = make(tmp_path, views=1)
     cache = Cache.open(folder, ours)
     assert cache.rows.shape == (CLIPS, 1)
-    more = recipe(data__train__list=str(tmp_path / "train.csv"), objective__cache__views=3)
+    more = recipe(
+        data__train__list=str(tmp_path / "train.csv"),
+        objective__cache__views=3,
+        objective__cache__codes="fp16",
+    )
     message = (
         f"cache {folder}: lacks 23 of the 69 records of 23 clips in 3 views; run "
         "'distill cache-teacher' to add them"

@@ -7,6 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill.cache.build import record_arrays
+from distill.cache.codes import Codec
 from distill.cost import (
     activation_bytes,
     block_macs,
@@ -122,7 +123,7 @@ def test_published_sizes_give_the_published_flops():
     assert 2e-12 * pool_macs(SIZES["1B"], 2049) == pytest.approx(0.016, abs=5e-4)
 
 
-@pytest.mark.parametrize("codes", ["fp16", "int8"])
+@pytest.mark.parametrize("codes", ["fp16", "8bit", "4bit", "3bit", "2bit"])
 def test_record_bytes_are_those_of_a_record(codes):
     recipe = make_recipe(distill(cache={"folder": "c", "codes": codes}))
     patches, visible = num_tokens(recipe)
@@ -134,7 +135,7 @@ def test_record_bytes_are_those_of_a_record(codes):
             "pooled": torch.ones(1, TEACHER["pooled_width"]),
             "attention": torch.ones(1, patches),
         },
-        codes_kind=codes,
+        codec=Codec(codes, means=None if codes == "fp16" else torch.zeros(2, TEACHER["width"])),
     )
     assert record_bytes(recipe) == {name: array.nbytes for name, array in arrays.items()}
 

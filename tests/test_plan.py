@@ -64,15 +64,17 @@ def test_bytes_of_the_cache_are_counted_by_field(plans):
         "tokens": 820,
         "patches": 241_080,
         "codes": 3_472_128,
-        "scales": 9_864,
+        "scales": 4_932,
         "pooled": 1_536,
         "attention": 8_192,
     }
-    assert cache.view_bytes == 3_733_620
-    assert cache.total_bytes == 3_733_620 * 1_100_000 * 8
+    assert cache.view_bytes == 3_728_688
+    assert cache.total_bytes == 3_728_688 * 1_100_000 * 8
     half = make_plan(load_recipe("L14", ["objective.cache.codes=fp16"])).cache
     assert half.record_bytes["codes"] == 6_944_256
     assert "scales" not in half.record_bytes
+    small = make_plan(load_recipe("L14", ["objective.cache.codes=3bit"])).cache
+    assert small.record_bytes["codes"] == 6 * 411 * 528
 
 
 def test_cache_breaks_even_after_as_many_epochs_as_it_has_views(plans):
@@ -138,7 +140,7 @@ def test_rows_say_it_in_words(plans):
     assert rows["model"] == "L14: 327,183,872 parameters, 411 tokens a clip"
     assert rows["training step"] == "0.8376 TFLOP a clip, of which forward 0.2793 TFLOP"
     assert rows["as published"].startswith("0.8415 TFLOP a clip")
-    assert rows["cache"] == "32.86 TB for 8 views of every clip"
+    assert rows["cache"] == "32.81 TB for 8 views of every clip"
     assert rows["break-even"] == "after epoch 8 of 100"
 
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from distill import draw
-from distill.cache import codes
+from distill.cache.codes import Codec
 from distill.mask import draw_tokens
 from distill.objective import DistillObjective
 from distill.recipe import Distill, Mask
@@ -41,7 +41,7 @@ def live_batch(count=3):
     }
 
 
-def cached(live, kind):
+def cached(live, codec):
     """A live batch as `CachedBatches` would hand it out."""
     middle = live["middle"].transpose(0, 1).contiguous()
     return {
@@ -49,7 +49,7 @@ def cached(live, kind):
         "view": torch.zeros_like(live["clip_id"]),
         "tokens": live["tokens"].to(torch.int16),
         "patches": live["patches"],
-        **codes.encode(kind, middle),
+        **codec.encode(middle),
         "pooled": live["pooled"].half(),
         "attention": live["attention"],
         "epoch": live["epoch"],
@@ -136,10 +136,14 @@ def test_targets_go_into_a_loss_that_is_differentiated(teacher):
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-@pytest.mark.parametrize(("kind", "error"), [("fp16", 3e-4), ("int8", 8e-3)])
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [("fp16", 3e-4), ("8bit", 0.01), ("4bit", 0.15), ("3bit", 0.3), ("2bit", 0.55)],
+)
 def test_cached_targets_are_the_live_ones_up_to_their_codes(teacher, kind, error):
     live = LiveTargets(teacher, MASK, 4)(live_batch())
-    found = CachedTargets()(cached(live, kind))
+    codec = Codec(kind, means=None if kind == "fp16" else live["middle"].mean((1, 2)))
+    found = CachedTargets(codec)(cached(live, codec))
     assert set(found) == set(live)
     assert found["epoch"] == live["epoch"] == 5
     for name in ("clip_id", "tokens", "patches", "attention"):

@@ -16,7 +16,14 @@ import torch
 from einops import rearrange
 
 from distill import log
-from distill.cache import codes
+from distill.cache.calibrate import (
+    measure_means,
+    read_codec,
+    sample_clips,
+    with_codec,
+    write_codec,
+)
+from distill.cache.codes import Codec
 from distill.cache.identity import cache_identity, distill_section, teacher_hash
 from distill.cache.index import load_index
 from distill.cache.read import QUARANTINE_FILE, quarantined_ids
@@ -28,6 +35,7 @@ from distill.errors import StateError
 from distill.models import build_teacher
 from distill.recipe import Recipe
 from distill.targets import view_records
+from distill.teachers import Teacher
 
 MEGABYTE = 2**20
 
@@ -81,10 +89,12 @@ def build_cache(
     section = distill_section(recipe)
     folder = Path(folder or section.cache.folder)
     identity = identity or cache_identity(recipe)
-    clips = read_list(recipe.data.train, seed=recipe.run.seed)[:limit]
+    listed = read_list(recipe.data.train, seed=recipe.run.seed)
+    clips = listed[:limit]
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
-    index = load_index(folder, identity)
+    codec = read_codec(folder, identity)
+    index = load_index(folder, with_codec(identity, codec))
     clip_ids = np.array([clip.id for clip in clips], np.int64)
     skipped = np.isin(clip_ids, quarantined_ids(folder))
     is_there = np.stack([index.find(clip_ids, v) >= 0 for v in range(section.cache.views)])
@@ -93,10 +103,16 @@ def build_cache(
     if wanted.any():
         # A wrong folder would fill the quarantine.
         check_videos([clips[i] for i in np.flatnonzero(wanted.any(axis=0))], recipe.data.train)
+        teacher = _teacher(recipe).to(pick_device())
+        if codec is None:
+            sample = sample_clips(listed, seed=section.cache.seed)
+            with progress(f"calibrate {folder}", total=len(sample), unit="clips") as bar:
+                codec = _calibrate(recipe, folder, identity, sample, teacher, bar.advance)
         with progress(
             f"cache {folder}", total=is_there.size, unit="views", done=int((~wanted).sum())
         ) as bar:
-            for count, size in _write(recipe, folder, identity, clips, wanted):
+            identity = with_codec(identity, codec)
+            for count, size in _write(recipe, folder, identity, clips, wanted, teacher, codec):
                 bar.advance(count)
                 written, size_bytes = written + count, size
     return BuildReport(
@@ -111,23 +127,42 @@ def build_cache(
     )
 
 
+def _calibrate(
+    recipe: Recipe,
+    folder: Path,
+    identity: dict,
+    clips: list[Clip],
+    teacher: Teacher,
+    advance: Callable[[int], None],
+) -> Codec:
+    """Measure the means of a new cache on the given clips, and keep them in its folder."""
+    # Clips that fail here go to no quarantine: they may lie beyond `limit`.
+    quarantine = Quarantine(None, total=len(clips), max_share=1.0)
+    means = measure_means(
+        clips,
+        loader=_loader(recipe, quarantine),
+        middle=lambda items: _records(recipe, teacher, items)["middle"],
+        batch_size=recipe.objective.cache.batch_size,
+        advance=advance,
+    )
+    return write_codec(folder, identity, means)
+
+
 def _write(
-    recipe: Recipe, folder: Path, identity: dict, clips: list[Clip], wanted: np.ndarray
+    recipe: Recipe,
+    folder: Path,
+    identity: dict,
+    clips: list[Clip],
+    wanted: np.ndarray,
+    teacher: Teacher,
+    codec: Codec,
 ) -> Iterator[tuple[int, int]]:
     """Make the wanted records [V,C]; yields how many a batch added, and all bytes so far."""
-    section, data = recipe.objective, recipe.data
-    cache = section.cache
-    device = pick_device()
-    teacher = _teacher(recipe).to(device)
+    cache = recipe.objective.cache
     quarantine = Quarantine(
-        folder / QUARANTINE_FILE, total=len(clips), max_share=data.max_quarantined
+        folder / QUARANTINE_FILE, total=len(clips), max_share=recipe.data.max_quarantined
     )
-    loader = ClipLoader(
-        functools.partial(load_task, views=data.views, seed=cache.seed),
-        workers=data.workers,
-        timeout_seconds=data.decode_timeout_seconds,
-        quarantine=quarantine,
-    )
+    loader = _loader(recipe, quarantine)
     with ExitStack() as stack:
         writer = None
         batches = stack.enter_context(
@@ -136,15 +171,7 @@ def _write(
         for items in batches:
             if not items:
                 continue
-            batch = to_device(collate(items), device)
-            records = view_records(
-                teacher,
-                batch,
-                mask=section.mask,
-                seed=cache.seed,
-                precision=section.teacher.precision,
-            )
-            arrays = record_arrays(records, codes_kind=cache.codes)
+            arrays = record_arrays(_records(recipe, teacher, items), codec=codec)
             if writer is None:
                 fields = [Field(n, str(a.dtype), a.shape[1:]) for n, a in arrays.items()]
                 writer = stack.enter_context(
@@ -165,7 +192,30 @@ def _write(
         yield 0, writer.committed_bytes
 
 
-def record_arrays(records: dict[str, torch.Tensor], *, codes_kind: str) -> dict[str, np.ndarray]:
+def _loader(recipe: Recipe, quarantine: Quarantine) -> ClipLoader:
+    data = recipe.data
+    return ClipLoader(
+        functools.partial(load_task, views=data.views, seed=recipe.objective.cache.seed),
+        workers=data.workers,
+        timeout_seconds=data.decode_timeout_seconds,
+        quarantine=quarantine,
+    )
+
+
+def _records(
+    recipe: Recipe, teacher: Teacher, items: list[tuple[Task, View]]
+) -> dict[str, torch.Tensor]:
+    section = recipe.objective
+    return view_records(
+        teacher,
+        to_device(collate(items), pick_device()),
+        mask=section.mask,
+        seed=section.cache.seed,
+        precision=section.teacher.precision,
+    )
+
+
+def record_arrays(records: dict[str, torch.Tensor], *, codec: Codec) -> dict[str, np.ndarray]:
     """`view_records` as the cache keeps them: arrays by field, with the batch in front."""
     tokens = records["tokens"]
     num_patches = records["attention"].shape[1]
@@ -173,7 +223,7 @@ def record_arrays(records: dict[str, torch.Tensor], *, codes_kind: str) -> dict[
     fields = {
         "tokens": tokens.to(torch.int16 if num_patches <= 2**15 else torch.int32),
         "patches": records["patches"],
-        **codes.encode(codes_kind, middle),
+        **codec.encode(middle),
         "pooled": records["pooled"].half(),
         # Half precision would turn small weights into zero.
         "attention": records["attention"],
@@ -206,7 +256,7 @@ def _batches(clips: list[Clip], wanted: np.ndarray, *, size: int) -> Iterator[li
                 yield [Task(clips[place], view=view) for place in places]
 
 
-def _teacher(recipe: Recipe):
+def _teacher(recipe: Recipe) -> Teacher:
     """The recipe's teacher; StateError when its weights are not those the cache is to hold."""
     section = recipe.objective
     if section.cache.teacher_hash is not None:

@@ -11,7 +11,9 @@ from distill.recipe import Distill, Recipe, vit_size
 from distill.students.vit import SIZES, resolve_size
 from distill.students.warmstart import file_sha256
 
-REVISIONS = {"layout": 1, "sampling": 1, "augmentation": 1, "mask": 1, "codes": 1}
+REVISIONS = {"layout": 1, "sampling": 1, "augmentation": 1, "mask": 1, "codes": 2}
+MEANS_FILE = "means.safetensors"
+MEANS = "codes means (sha256)"  # of shards alone: measured once for a cache, and kept beside them
 
 
 def cache_identity(recipe: Recipe) -> dict:
@@ -76,10 +78,16 @@ def teacher_hash(recipe: Recipe) -> str:
 
 def require_identity(found: dict, expected: dict, *, where: str) -> None:
     """Refuse a cache that is not the recipe's: StateError, one line, on the first difference."""
-    for name in [*expected, *(name for name in found if name not in expected)]:
+    for name in sorted({**expected, **found}, key=MEANS.__eq__):  # they differ where settings do
         have, want = found.get(name), expected.get(name)
         if have == want and (name in found) == (name in expected):
             continue
+        if name == MEANS:
+            raise StateError(
+                f"{where}: its codes need the means {_text(have)}, but {MEANS_FILE} "
+                f"{'is not there' if want is None else f'holds {want}'}; put that file back, or "
+                "delete the folder and run 'distill cache-teacher' again"
+            )
         raise StateError(
             f"{where}: holds {name} {_text(have)}, the recipe asks for {_text(want)}; "
             f"{_advice(name, have)}set objective.cache.folder to a new folder and run "

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 from distill import draw
+from distill.cache.calibrate import read_codec, with_codec
+from distill.cache.codes import Codec
 from distill.cache.identity import cache_identity, distill_section
 from distill.cache.index import CacheIndex, load_index
 from distill.cache.shards import ShardReader
@@ -36,11 +38,13 @@ class Cache:
     """An open view cache: which record holds which view of the recipe's clips.
 
     `rows` int64 [C,V] are places in `index`, with the clips in the order of the recipe's list;
-    clips in the cache's quarantine are left out.
+    clips in the cache's quarantine are left out. `codec` decodes the records' codes.
     """
 
-    def __init__(self, folder: Path, index: CacheIndex, rows: np.ndarray) -> None:
-        self.folder, self.index, self.rows = folder, index, rows
+    def __init__(
+        self, folder: Path, index: CacheIndex, rows: np.ndarray, *, codec: Codec | None = None
+    ) -> None:
+        self.folder, self.index, self.rows, self.codec = folder, index, rows, codec
 
     @classmethod
     def open(cls, folder: str | Path, recipe: Recipe, *, identity: dict | None = None) -> "Cache":
@@ -52,7 +56,9 @@ class Cache:
         """
         folder = Path(folder)
         num_views = distill_section(recipe).cache.views
-        index = load_index(folder, identity or cache_identity(recipe))
+        identity = identity or cache_identity(recipe)
+        codec = read_codec(folder, identity)
+        index = load_index(folder, with_codec(identity, codec))
         if not len(index):
             raise StateError(
                 f"cache {folder}: no records there; run 'distill cache-teacher' to make them"
@@ -76,7 +82,7 @@ class Cache:
                 f"cache {folder}: lacks {missing} of the {rows.size} records of {len(clip_ids)} "
                 f"clips in {num_views} views; run 'distill cache-teacher' to add them"
             )
-        return cls(folder, index, rows)
+        return cls(folder, index, rows, codec=codec)
 
     @property
     def num_views(self) -> int:

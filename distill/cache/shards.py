@@ -169,7 +169,7 @@ class ShardWriter:
         return self._records[-1][0] if self._records else 0
 
     def _open(self) -> None:
-        self._path = self.folder / _temporary_name()
+        self._path = self.folder / temporary_name()
         self._opened_seconds = time.monotonic()
         self._num_settled = 0  # records of whole batches
         self._records: list[tuple[int, int, int, int]] = []  # end, clip id, view, checksum
@@ -314,7 +314,8 @@ def canonical(value) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
-def _temporary_name() -> str:
+def temporary_name() -> str:
+    """The name of a file that this process has open; see `remove_leftovers`."""
     return f"open-{socket.gethostname()}-{os.getpid()}-{time.monotonic_ns()}"
 
 

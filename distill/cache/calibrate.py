@@ -1,0 +1,127 @@
+"""The layers' means that a cache's codes are relative to, measured once for each cache.
+
+They come from clips sampled by seed over the whole list, so that no order of the list and no
+`limit` colours them, and lie beside the shards. The first writer's file stays: every later
+writer codes with it, and every shard names it by its hash.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import torch
+from einops import reduce
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from distill import draw
+from distill.cache.codes import BITS, Codec
+from distill.cache.identity import MEANS, MEANS_FILE, require_identity
+from distill.cache.shards import canonical, sync_folder, temporary_name
+from distill.data.index import Clip
+from distill.data.load import ClipLoader, Task, View
+from distill.errors import StateError
+
+CALIBRATION_CLIPS = 64
+
+
+def with_codec(identity: dict, codec: Codec | None) -> dict:
+    """The identity of a cache's shards: the recipe's, and the means of their codes if any."""
+    has_means = codec is not None and codec.means is not None
+    return {**identity, MEANS: codec.means_sha256} if has_means else identity
+
+
+def read_codec(folder: Path, identity: dict) -> Codec | None:
+    """The codec of a cache's records; None where its means have yet to be measured.
+
+    `identity` is the recipe's. Raises StateError for means that are damaged or another recipe's.
+    """
+    kind = identity["objective.cache.codes"]
+    if kind not in BITS:
+        return Codec(kind)
+    path = folder / MEANS_FILE
+    if not path.exists():
+        return None
+    try:
+        content = path.read_bytes()
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        written = json.loads(header["__metadata__"]["written"])
+        codec = Codec(kind, means=load(content)["means"])
+        found, sha256 = written["identity"], written["sha256"]
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path) from error
+    if codec.means_sha256 != sha256:
+        raise _damaged(path)
+    require_identity(found, identity, where=f"cache {folder}")
+    return codec
+
+
+def write_codec(folder: Path, identity: dict, means: Tensor) -> Codec:
+    """Keep the means of a cache that has none yet; returns the codec of those it then has.
+
+    Whole or not at all, and never in the place of others: of writers that come at once one wins,
+    and the others take its means.
+    """
+    codec = Codec(identity["objective.cache.codes"], means=means)
+    written = canonical({"identity": identity, "sha256": codec.means_sha256})
+    path = folder / temporary_name()
+    with path.open("xb") as file:
+        file.write(save({"means": means}, metadata={"written": written}))
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.link(path, folder / MEANS_FILE)  # unlike a rename, it replaces no file
+    finally:
+        path.unlink()
+    sync_folder(folder)
+    return read_codec(folder, identity)
+
+
+def sample_clips(clips: Sequence[Clip], *, seed: int) -> list[Clip]:
+    """The clips to measure on: drawn by their ids, whatever their places in the list."""
+    ids = torch.tensor([clip.id for clip in clips], dtype=torch.int64)
+    order = draw.uniform(ids, "calibration", seed, count=1)[:, 0].argsort(stable=True)
+    return [clips[place] for place in order[:CALIBRATION_CLIPS]]
+
+
+def measure_means(
+    clips: Sequence[Clip],
+    *,
+    loader: ClipLoader,
+    middle: Callable[[list[tuple[Task, View]]], Tensor],
+    batch_size: int,
+    advance: Callable[[int], None],
+) -> Tensor:
+    """Float32 means [K,E] over the rows of the clips' first views, accumulated in float64.
+
+    `middle` turns loaded views into the teacher's rows [K,B,M,E], and `advance` is told how many
+    clips a batch had. Clips that cannot be decoded are left out; raises StateError when none can.
+    """
+    total, count = 0.0, 0
+    places = range(0, len(clips), batch_size)
+    tasks = [[Task(clip, view=0) for clip in clips[place : place + batch_size]] for place in places]
+    with closing(loader.run(tasks)) as batches:
+        for items in batches:
+            if items:
+                rows = middle(items)
+                total = total + reduce(rows.double(), "k b m e -> k e", "sum").cpu()
+                count += rows.shape[1] * rows.shape[2]
+            advance(len(items))
+    if not count:
+        raise StateError(
+            f"none of the {len(clips)} clips that the codes would be calibrated on can be decoded; "
+            "check data.train.list and data.train.prefix"
+        )
+    return (total / count).float()
+
+
+def _damaged(path: Path) -> StateError:
+    return StateError(
+        f"{path}: damaged means of the cache's codes; put the file back, or delete it and the "
+        "folder's shards and run 'distill cache-teacher' again"
+    )
