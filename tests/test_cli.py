@@ -76,7 +76,12 @@ def test_interrupt_ends_with_its_exit_code(recipe, monkeypatch, number, code):
             closed.append(number)  # as worker processes are
 
     monkeypatch.setattr("distill.evaluate.evaluate_recipe", wait)
-    result = run("evaluate", recipe, "--checkpoint", recipe)
+    # Jobs that a shell starts in the background, tests among them, begin with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = run("evaluate", recipe, "--checkpoint", recipe)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (result.exit_code, closed) == (code, [number])
 
 
