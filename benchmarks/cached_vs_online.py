@@ -75,7 +75,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_clip(folder / "clip.mp4")
-        (folder / "train.csv").write_text("clip.mp4\n")
+        (folder / "train.csv").write_text("clip.mp4 -1\n")  # no label
         for size in options.sizes:
             overrides = [
                 f"data.train.list={folder / 'train.csv'}",

@@ -1,7 +1,7 @@
 """What codes of each width lose of a row, against other ways to keep it, in one table.
 
     pip install faiss-cpu    # for its rows, which are left out without it
-    python benchmarks/codes.py --markdown benchmarks/codes.md    # about a minute on one CPU core
+    python benchmarks/codes.py --markdown benchmarks/results/codes.md    # about a minute on one CPU core
 
 Every code is given rows less their layer's mean, so that a large common mean flatters none. Errors
 are 1 - cos over the rows, and <r^ - r, r> / |r|^2, the bias along the row, with its spread over
