@@ -1,10 +1,10 @@
 """What codes of each width lose of a row, against other ways to keep it, in one table.
 
     pip install faiss-cpu    # for its rows, which are left out without it
-    python benchmarks/codes.py --markdown benchmarks/results/codes.md    # about a minute on one CPU core
+    python benchmarks/codes.py --markdown benchmarks/results/codes.md
 
-Every code is given rows less their layer's mean, so that a large common mean flatters none. Errors
-are 1 - cos over the rows, and <r^ - r, r> / |r|^2, the bias along the row, with its spread over
+About a minute on one CPU core. Every code is given rows less their layer's mean, so that a large
+common mean flatters none. Errors are 1 - cos over the rows, and <r^ - r, r> / |r|^2, the bias along the row, with its spread over
 rows; bits are those of a value, scales included. `theory` is a rotated Lloyd-Max code of that
 width. Rows are Gaussian directions, rows with a shared mean and outlier channels, and features of
 the quickstart's teacher (three layers as one) on views of its videos. faiss's SQ takes its ranges
