@@ -4,11 +4,12 @@
     python benchmarks/codes.py --markdown benchmarks/results/codes.md
 
 About a minute on one CPU core. Every code is given rows less their layer's mean, so that a large
-common mean flatters none. Errors are 1 - cos over the rows, and <r^ - r, r> / |r|^2, the bias along the row, with its spread over
-rows; bits are those of a value, scales included. `theory` is a rotated Lloyd-Max code of that
-width. Rows are Gaussian directions, rows with a shared mean and outlier channels, and features of
-the quickstart's teacher (three layers as one) on views of its videos. faiss's SQ takes its ranges
-from the rows that it codes, and RaBitQ is measured on two hundred of a layer.
+common mean flatters none. Errors are 1 - cos over the rows, and <r^ - r, r> / |r|^2, the bias along
+the row, with its spread over rows; bits are those of a value, scales included. `theory` is a
+rotated Lloyd-Max code of that width. Rows are Gaussian directions, rows with a shared mean and
+outlier channels, and features of the quickstart's teacher (three layers as one) on views of its
+videos. faiss's SQ takes its ranges from the rows that it codes, and RaBitQ is measured on two
+hundred of a layer.
 """
 
 import argparse

@@ -42,16 +42,6 @@ def test_a_video_shows_what_was_rendered(tmp_path):
     np.testing.assert_array_equal(error.argmin(axis=1), np.arange(demo.FRAMES))
 
 
-def test_the_same_frames_give_the_same_bytes(tmp_path):
-    path = tmp_path / "clip.mp4"
-    for label in range(10):
-        frames, written = render_clip(label, "train", number=label, seed=0), set()
-        for _ in range(20):  # some differed while several threads converted the pixels
-            demo.write_video(path, frames)
-            written.add(path.read_bytes())
-        assert len(written) == 1, CLASSES[label]
-
-
 def test_a_stopped_call_is_gone_on_with_and_a_finished_one_does_nothing(tmp_path):
     make_demo(section(tmp_path))
     stamp, video = tmp_path / "demo.json", tmp_path / "videos/val/000001.mp4"

@@ -214,7 +214,10 @@ def _make_clip(folder: Path, split: str, number: int, *, seed: int) -> None:
 
 
 def write_video(path: Path, frames: np.ndarray) -> None:
-    """Encode uint8 frames [T,H,W,3] as H.264 in mp4; complete or not there at all."""
+    """Encode uint8 frames [T,H,W,3] as H.264 in mp4; complete or not there at all.
+
+    x264 does not always give the same bytes for the same frames; decoding them does.
+    """
     unfinished = path.with_suffix(".unfinished")
     with av.open(str(unfinished), "w", format="mp4") as container:
         stream = container.add_stream(
@@ -224,7 +227,7 @@ def write_video(path: Path, frames: np.ndarray) -> None:
         stream.pix_fmt = "yuv420p"
         for pixels in frames:
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            # Converted by several threads, the same pixels do not always give the same bytes.
+            # One thread: a pool of converters started for each frame costs more than it converts.
             container.mux(stream.encode(frame.reformat(format="yuv420p", threads=1)))
         container.mux(stream.encode())
     os.replace(unfinished, path)
