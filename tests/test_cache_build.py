@@ -444,7 +444,7 @@ def loss_curve(recipe, batches, prepare, *, epochs=3):
 
 @pytest.mark.parametrize(
     ("kind", "tolerance"),
-    [("fp16", 2**-11), ("8bit", 0.0015), ("4bit", 0.006), ("3bit", 0.02), ("2bit", 0.04)],
+    [("fp16", 2**-11), ("8bit", 0.0015), ("4bit", 0.01), ("3bit", 0.02), ("2bit", 0.04)],
 )
 def test_cached_and_live_training_give_the_same_curve(videos, tmp_path, kind, tolerance):
     """Real files, decoded anew by the live run; two views, so that epoch 2 sees epoch 0's again."""
