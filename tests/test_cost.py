@@ -6,8 +6,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from distill.cache.build import record_arrays
 from distill.cache.codes import Codec
+from distill.cache.record import record_arrays
 from distill.cost import (
     activation_bytes,
     block_macs,

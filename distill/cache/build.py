@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange
 
 from distill import log
 from distill.cache.calibrate import (
@@ -27,6 +26,7 @@ from distill.cache.codes import Codec
 from distill.cache.identity import cache_identity, distill_section, teacher_hash
 from distill.cache.index import load_index
 from distill.cache.read import QUARANTINE_FILE, quarantined_ids
+from distill.cache.record import record_arrays, view_info
 from distill.cache.shards import Field, ShardWriter, remove_leftovers
 from distill.data.index import Clip, check_videos, read_list
 from distill.data.load import ClipLoader, Quarantine, Task, View, collate, load_task
@@ -213,34 +213,6 @@ def _records(
         seed=section.cache.seed,
         precision=section.teacher.precision,
     )
-
-
-def record_arrays(records: dict[str, torch.Tensor], *, codec: Codec) -> dict[str, np.ndarray]:
-    """`view_records` as the cache keeps them: arrays by field, with the batch in front."""
-    tokens = records["tokens"]
-    num_patches = records["attention"].shape[1]
-    middle = rearrange(records["middle"], "k b m e -> b k m e")
-    fields = {
-        "tokens": tokens.to(torch.int16 if num_patches <= 2**15 else torch.int32),
-        "patches": records["patches"],
-        **codec.encode(middle),
-        "pooled": records["pooled"].half(),
-        # Half precision would turn small weights into zero.
-        "attention": records["attention"],
-    }
-    return {name: value.cpu().numpy() for name, value in fields.items()}
-
-
-def view_info(clip: Clip, view: View) -> dict:
-    """What a view is, in JSON values: enough to make its pixels again."""
-    return {
-        "name": clip.name,
-        "frames": view.frames.tolist(),
-        "pts_seconds": view.pts_seconds.tolist(),
-        "crop": [int(value) for value in view.crop],
-        "flip": bool(view.flip),
-        "decoder": view.decoder,
-    }
 
 
 def _batches(clips: list[Clip], wanted: np.ndarray, *, size: int) -> Iterator[list[Task]]:
