@@ -55,6 +55,15 @@ def test_trimmed_clips_and_folders_of_frames(tmp_path):
     assert (clip.num_frames, clip.label, clip.source) == (48, 4, None)
 
 
+def test_a_path_on_each_line(tmp_path):
+    clips = read(tmp_path, 'a/b.mp4\n"my videos/c, d.webm"\nmy videos/e.mov\n')
+    assert [clip.name for clip in clips] == ["a/b.mp4", "my videos/c, d.webm", "my videos/e.mov"]
+    assert [clip.label for clip in clips] == [None] * 3
+    mixed = "a.mp4 0\n" + "b.mp4\n"
+    with pytest.raises(InputError, match="expected 2 fields"):
+        read(tmp_path, mixed)
+
+
 @pytest.mark.parametrize(
     ("line", "name"),
     [
@@ -141,8 +150,8 @@ def test_a_long_tail_of_bad_lines_is_counted(tmp_path):
 
 
 def test_a_list_of_which_nothing_fits(tmp_path):
-    with pytest.raises(InputError, match=r"train.csv:1: no known form.*found 'a.mp4'"):
-        read(tmp_path, "a.mp4\nb.mp4\n")
+    with pytest.raises(InputError, match=r"train.csv:1: no known form.*found 'a;b'"):
+        read(tmp_path, "a;b\nc.mp4;3\n")
     with pytest.raises(InputError, match=r"train.csv:1: label is 'label', expected a whole"):
         read(tmp_path, "path,label\n")
     with pytest.raises(InputError, match="train.csv: the list is empty"):

@@ -20,6 +20,8 @@ FORMS = {
     3: ("path", "num_frames", "label"),
     2: ("path", "label"),
 }
+_BARE = ("path",)  # a path on each line, blanks and commas included: where no form fits
+_SUFFIX = re.compile(r"\.\w{2,5}$")
 _DELIMITERS = {"tabs": "\t", "commas": ",", "blanks": " "}
 _SAMPLE_LINES = 1000  # how many lines decide what separates the fields
 _PROBED_CLIPS = 8  # of a list, to tell a wrong folder from missing videos
@@ -134,14 +136,20 @@ def _find_form(
         for count, score in scores.items():
             if score > best_score:
                 best, best_score = (split, FORMS[count]), score
+    if not best_score[0] and all(_SUFFIX.search(_bare(line)) for _, line in lines[:_SAMPLE_LINES]):
+        return lambda line: [_bare(line)], _BARE
     if best is None:
         number, line = lines[0]
-        forms = "; ".join(f"'{' '.join(fields)}'" for fields in FORMS.values())
+        forms = "; ".join(f"'{' '.join(fields)}'" for fields in (*FORMS.values(), _BARE))
         raise InputError(
             f"{path}:{number}: no known form, separated by {', '.join(_DELIMITERS)}: expected "
             f"{forms}; found {line[:80]!r}; quote paths that hold the separator"
         )
     return best
+
+
+def _bare(line: str) -> str:
+    return line.strip().strip('"')
 
 
 def _splitter(delimiter: str) -> Callable[[str], list[str]]:
@@ -182,7 +190,7 @@ def _parse(fields: list[str], columns: tuple[str, ...], *, number: int, base: Pa
     if start is not None and total is not None and start >= total:
         raise ValueError(f"start_seconds {start:g} is not before total_seconds {total:g}")
     num_frames = _whole(row["num_frames"], "num_frames", 1) if "num_frames" in row else None
-    label = _whole(row["label"], "label", -1)
+    label = _whole(row["label"], "label", -1) if "label" in row else -1
     name, path = _place(row["path"], base)
     return Clip(
         id=clip_id(name, start, end),
