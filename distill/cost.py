@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from distill.cache.codes import row_bytes
-from distill.mask import num_visible
+from distill.mask import num_kept, num_visible, token_grid
 from distill.recipe import Distill, Recipe, vit_size
 from distill.students.vit import PATCH, VideoViT, ViTSize, resolve_size
 
@@ -99,26 +99,34 @@ def student_cost(recipe: Recipe, *, embed_all: bool = False) -> StepCost:
 
 def num_tokens(recipe: Recipe) -> tuple[int, int]:
     """Patch tokens of a clip, and how many of them the student sees."""
-    views = recipe.data.views
-    side = views.image_size // PATCH
-    grid = (views.frames // recipe.model.tubelet, side, side)
+    grid = token_grid(recipe.data.views, tubelet=recipe.model.tubelet)
     patches = math.prod(grid)
     if not isinstance(recipe.objective, Distill):
         return patches, patches
     return patches, num_visible(grid, recipe.objective.mask)
 
 
+def record_tokens(recipe: Recipe) -> int:
+    """How many of a clip's patch tokens one cached view keeps."""
+    section = recipe.objective
+    grid = token_grid(recipe.data.views, tubelet=recipe.model.tubelet)
+    return num_kept(grid, section.mask, section.cache.tokens)
+
+
 def record_bytes(recipe: Recipe) -> dict[str, int]:
     """Bytes of the fields of one cached view; frame numbers, crop and the like come on top."""
-    section = recipe.objective
+    section, views = recipe.objective, recipe.data.views
     teacher = resolve_size(vit_size(section.teacher.size))
-    patches, visible = num_tokens(recipe)
-    rows = section.teacher.layers * (visible + 1)
-    fields = {
-        "tokens": (2 if patches <= 2**15 else 4) * visible,
-        "patches": visible * 3 * PATCH**2,
-        "codes": rows * row_bytes(section.cache.codes, teacher.width),
-    }
+    patches, kept = num_tokens(recipe)[0], record_tokens(recipe)
+    rows = section.teacher.layers * (kept + 1)
+    fields = {"tokens": (2 if patches <= 2**15 else 4) * kept}
+    if section.cache.tokens != "visible":
+        fields["next_arrival"] = 4
+    if section.cache.pixels == "full":
+        fields["pixels"] = 3 * views.frames * views.image_size**2
+    else:
+        fields["patches"] = kept * 3 * PATCH**2
+    fields["codes"] = rows * row_bytes(section.cache.codes, teacher.width)
     if section.cache.codes != "fp16":
         fields["scales"] = 2 * rows
     return {**fields, "pooled": 2 * teacher.pooled_width, "attention": 4 * patches}

@@ -16,6 +16,7 @@ from distill.data.index import check_videos, read_list
 from distill.data.load import ClipBatches, Quarantine
 from distill.errors import StateError
 from distill.evaluate import labelled_clips
+from distill.mask import make_redraw
 from distill.models import build_classifier, build_student, build_teacher, load_recipe_weights
 from distill.objective import ClassifyObjective, DistillObjective
 from distill.students.vit import VideoViT
@@ -49,7 +50,7 @@ def build_job(recipe: schema.Recipe, folder: Path, *, device: torch.device) -> J
             student,
             DistillObjective(student, objective, seed=seed),
             CachedBatches(cache, batch_size=batch_size, seed=seed),
-            CachedTargets(cache.codec),
+            CachedTargets(cache.codec, make_redraw(recipe)),
             cache.clip_names,
             None,
         )
@@ -81,7 +82,12 @@ def build_job(recipe: schema.Recipe, folder: Path, *, device: torch.device) -> J
         loss = DistillObjective(model, objective, seed=seed)
         teacher = build_teacher(recipe).to(device)
         prepare = LiveTargets(
-            teacher, objective.mask, views_seed, precision=objective.teacher.precision
+            teacher,
+            objective.mask,
+            views_seed,
+            precision=objective.teacher.precision,
+            tokens=cache.tokens if cache else "visible",
+            redraw=make_redraw(recipe),
         )
     else:
         model = with_weights(build_classifier(recipe), recipe)

@@ -15,6 +15,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+KeptTokens = Literal["visible", "superset", "all"]
+KeptPixels = Literal["visible", "full"]
 
 
 class Section(BaseModel):
@@ -158,6 +160,10 @@ class Cache(Section):
     views: PositiveInt = 8
     seed: int = Field(0, description="of views and masks; runs of any seed train from them")
     codes: Literal["fp16", "8bit", "4bit", "3bit", "2bit"] = "8bit"
+    tokens: KeptTokens = Field(
+        "visible", description="superset, twice as many, and all: a new mask in every epoch"
+    )
+    pixels: KeptPixels = Field("visible", description="the kept tokens' patches, or whole frames")
     batch_size: PositiveInt = Field(16, description="clips in a teacher forward while building")
     shard_mb: PositiveInt = 512
     shard_minutes: Positive = 5.0

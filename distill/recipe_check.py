@@ -208,6 +208,11 @@ def _distill_errors(
             ("objective", "cache"),
             "missing: give it a folder, or set objective.targets=live",
         )
+    if cache and cache.tokens == "superset" and section.mask.kind == "tube":
+        yield (
+            ("objective", "cache", "tokens"),
+            "is superset, which a tube mask has not; set visible (each view keeps its mask) or all",
+        )
     if teacher.random and teacher.weights:
         yield ("objective", "teacher", "random"), "contradicts objective.teacher.weights"
     if not (teacher.random or teacher.weights or (cache and cache.teacher_hash)):

@@ -212,6 +212,8 @@ def _records(
         mask=section.mask,
         seed=section.cache.seed,
         precision=section.teacher.precision,
+        tokens=section.cache.tokens,
+        pixels=section.cache.pixels,
     )
 
 

@@ -11,7 +11,7 @@ from distill.recipe import Distill, Recipe, vit_size
 from distill.students.vit import SIZES, resolve_size
 from distill.students.warmstart import file_sha256
 
-REVISIONS = {"layout": 1, "sampling": 1, "augmentation": 1, "mask": 1, "codes": 2}
+REVISIONS = {"layout": 2, "sampling": 1, "augmentation": 1, "mask": 1, "codes": 2}
 MEANS_FILE = "means.safetensors"
 MEANS = "codes means (sha256)"  # of shards alone: measured once for a cache, and kept beside them
 
@@ -36,6 +36,8 @@ def cache_identity(recipe: Recipe) -> dict:
         **{f"data.views.{name}": value for name, value in views.items()},
         "objective.mask.kind": section.mask.kind,
         "objective.mask.ratio": section.mask.ratio,
+        "objective.cache.tokens": section.cache.tokens,
+        "objective.cache.pixels": section.cache.pixels,
         "objective.cache.codes": section.cache.codes,
         "objective.cache.seed": section.cache.seed,
         **{f"{name} revision": number for name, number in REVISIONS.items()},

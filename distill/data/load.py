@@ -12,7 +12,7 @@ import numpy as np
 
 from distill import draw
 from distill.data import augment, sample
-from distill.data.decode import Video, open_video
+from distill.data.decode import Frames, Video, open_video
 from distill.data.index import Clip
 from distill.data.workers import ClipLoader, Quarantine
 from distill.errors import InputError, StateError
@@ -32,6 +32,7 @@ __all__ = [
     "load_eval_view",
     "load_task",
     "load_view",
+    "replay_view",
 ]
 
 
@@ -51,7 +52,8 @@ class View:
 
     pixels uint8 [3,T,S,S]; `frames` int64 [T] are numbers in the whole video, `pts_seconds`
     float64 [T] their times (NaN for folders of frames); `crop` is (x, y, width, height) in
-    pixels of the decoded frame, or of the resized one where a recipe resizes first.
+    pixels of the decoded frame or, where there is a `resize` (width, height), of the frame
+    resized to that. `number` and `seed` are what a training view was drawn with.
     """
 
     pixels: np.ndarray
@@ -60,6 +62,9 @@ class View:
     crop: tuple[int, int, int, int]
     flip: bool
     decoder: str
+    resize: tuple[int, int] | None = None
+    number: int | None = None
+    seed: int | None = None
 
 
 def load_view(clip: Clip, view: int, *, views: Views, seed: int) -> View:
@@ -75,7 +80,7 @@ def load_view(clip: Clip, view: int, *, views: Views, seed: int) -> View:
     height, width = frames.pixels.shape[1:3]
     crop = augment.draw_crop(views, width=width, height=height, rng=rng)
     flip = bool(rng.random() < views.flip) and clip.source not in views.never_flip
-    return _finish(video, indices, frames, crop, flip=flip)
+    return _finish(video, indices, frames, crop, flip=flip, number=view, seed=seed)
 
 
 def load_eval_view(
@@ -95,6 +100,35 @@ def load_eval_view(
     size = views.image_size
     crop = augment.eval_crop(width, height, size=size, crop=crop_index, num_crops=num_crops)
     return _finish(video, indices, frames, crop, flip=False)
+
+
+def replay_view(clip: Clip, info: dict, *, image_size: int) -> View:
+    """Make a cached view again from what its record says (`view_info`); draws nothing.
+
+    The pixels are the first ones bit for bit: decoders that are trusted with a file agree on it.
+    Raises `InputError` for a clip that cannot be decoded, or is not the one that was cached.
+    """
+    x, y, width, height = info["crop"]
+    resize = None if info["resize"] is None else tuple(info["resize"])
+    crop = augment.Crop(x, y, width, height, image_size, resize)
+    indices = np.array(info["frames"], np.int64)
+    decoder = "pyav" if info["decoder"].startswith("pyav") else "auto"
+    with open_video(clip.path, decoder=decoder) as video:
+        if indices.max() >= video.num_frames:
+            raise InputError(
+                f"{clip.path}: {video.num_frames} frames, but its record has frame "
+                f"{indices.max()}; it is not the video that was cached"
+            )
+        frames = video.read(indices)
+    have = np.nan_to_num(frames.pts_seconds, nan=-1.0)
+    want = np.full(len(have), -1.0) if info["pts_seconds"] is None else info["pts_seconds"]
+    if not np.array_equal(have, want):
+        raise InputError(
+            f"{clip.path}: its frames are shown at other times than its record says; it is not "
+            "the video that was cached"
+        )
+    flip, number, seed = info["flip"], info["view"], info["seed"]
+    return _finish(video, indices, frames, crop, flip=flip, number=number, seed=seed)
 
 
 def load_task(task: Task, *, views: Views, seed: int) -> View:
@@ -205,7 +239,16 @@ def _num_frames(clip: Clip, video: Video) -> int:
     return clip.num_frames
 
 
-def _finish(video: Video, indices, frames, crop: augment.Crop, *, flip: bool) -> View:
+def _finish(
+    video: Video,
+    indices: np.ndarray,
+    frames: Frames,
+    crop: augment.Crop,
+    *,
+    flip: bool,
+    number: int | None = None,
+    seed: int | None = None,
+) -> View:
     return View(
         pixels=augment.apply(frames.pixels, crop, flip=flip),
         frames=indices.astype(np.int64),
@@ -213,4 +256,7 @@ def _finish(video: Video, indices, frames, crop: augment.Crop, *, flip: bool) ->
         crop=(crop.x, crop.y, crop.width, crop.height),
         flip=flip,
         decoder=video.backend,
+        resize=crop.resize,
+        number=number,
+        seed=seed,
     )
