@@ -37,10 +37,18 @@ _TICK_SECONDS = 1.0
 class Quarantine:
     """Clips that cannot be decoded, with the reason, in memory and as lines of JSON at `path`.
 
-    `entries` are dicts with id, name, path, line and reason, those of earlier runs included.
+    `entries` are dicts with id, name, path, line and reason, those of earlier runs included. Of
+    these only the given `clips`, or all without any, count towards the share of `total`.
     """
 
-    def __init__(self, path: Path | None, *, total: int, max_share: float):
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        total: int,
+        max_share: float,
+        clips: Sequence[Clip] | None = None,
+    ):
         self.path = path
         self.entries: list[dict[str, int | str]] = []
         self._total = total
@@ -48,6 +56,8 @@ class Quarantine:
         if path is not None and path.exists():
             self.entries = _read_entries(path)
         self._ids = {entry["id"] for entry in self.entries}
+        earlier = self._ids if clips is None else {clip.id for clip in clips if clip in self}
+        self._num_counted = len(earlier)
         self._is_mended = False
 
     def __contains__(self, clip: Clip) -> bool:
@@ -66,6 +76,7 @@ class Quarantine:
         }
         self._ids.add(clip.id)
         self.entries.append(entry)
+        self._num_counted += 1
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if not self._is_mended:
@@ -73,9 +84,9 @@ class Quarantine:
                 self._is_mended = True
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-        if len(self.entries) > self._max_share * self._total:
+        if self._num_counted > self._max_share * self._total:
             raise StateError(
-                f"{len(self.entries)} of {self._total} clips cannot be decoded, more than "
+                f"{self._num_counted} of {self._total} clips cannot be decoded, more than "
                 f"data.max_quarantined={self._max_share:g} allows; the last: {reason}"
                 + (
                     f"; all are in {self.path}: mend them and delete that file, or raise the share"
