@@ -25,16 +25,21 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def seed_generators(seed: int) -> None:
+    """Seed every global generator, from which the weights of a new model are drawn."""
+    number = draw.key("global", seed) & 0xFFFFFFFF  # as wide as NumPy takes
+    torch.manual_seed(number)
+    np.random.seed(number)
+    random.seed(number)
+
+
 @contextmanager
 def reproducible(device: torch.device, *, seed: int) -> Iterator[None]:
     """Seed every global generator and, on a CPU, take deterministic algorithms only.
 
     Without them, threads add up the gradients of gathered rows in an order of their own.
     """
-    number = draw.key("global", seed) & 0xFFFFFFFF  # as wide as NumPy takes
-    torch.manual_seed(number)
-    np.random.seed(number)
-    random.seed(number)
+    seed_generators(seed)
     before = torch.get_deterministic_debug_mode()
     filled = torch.utils.deterministic.fill_uninitialized_memory
     if device.type == "cpu":

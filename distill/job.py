@@ -40,11 +40,16 @@ class Job:
     quarantine: Quarantine | None
 
 
-def build_job(recipe: schema.Recipe, folder: Path, *, device: torch.device) -> Job:
-    """Open everything a run reads, before its optimiser is built."""
+def build_job(
+    recipe: schema.Recipe, folder: Path, *, device: torch.device, cache: Cache | None = None
+) -> Job:
+    """Open everything a run reads, before its optimiser is built.
+
+    `cache` is the recipe's where it is open already.
+    """
     objective, seed, batch_size = recipe.objective, recipe.run.seed, recipe.optim.batch_size
     if isinstance(objective, schema.Distill) and objective.targets == "cached":
-        cache = open_cache(recipe)
+        cache = cache or open_cache(recipe)
         student = with_weights(build_student(recipe), recipe)
         return Job(
             student,

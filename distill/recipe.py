@@ -2,6 +2,7 @@
 
 A recipe is one run: a model, its data, an objective and how to optimise it. A study is several
 runs that share settings: each of its stages is a recipe, run in order in a folder of its own.
+Students are several distillations at once, which share what is read from one view cache.
 """
 
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -247,3 +248,11 @@ class Study(Section):
     name: str = ""
     run: Run = Run()
     stages: dict[str, Recipe]
+
+
+class Students(Section):
+    """Recipes by name whose settings students take that learn together from one view cache."""
+
+    name: str = ""
+    run: Run = Run()
+    students: dict[str, Recipe]
