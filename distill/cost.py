@@ -159,15 +159,17 @@ def teacher_bytes(recipe: Recipe, *, batch_size: int) -> int:
     """Bytes of a teacher's weights (float32) and of its forward on a batch; an estimate.
 
     The states of the distilled layers and of the block at hand in float32, the block's products
-    in the compute precision.
+    in the compute precision, and the rows that are kept, before and after they are normalised.
     """
-    section = recipe.objective.teacher
+    objective, section = recipe.objective, recipe.objective.teacher
     size = resolve_size(vit_size(section.size))
     byte = 4 if section.precision == "fp32" else 2
     hidden = int(size.width * size.mlp_ratio)
     per_token = 4 * size.width * (section.layers + 3) + byte * (hidden + 4 * size.width)
-    tokens = num_tokens(recipe)[0] + 1
-    return 4 * teacher_parameters(recipe) + batch_size * tokens * per_token
+    patches, visible = num_tokens(recipe)
+    kept = visible if objective.targets == "live" else record_tokens(recipe)
+    rows = 2 * 4 * size.width * section.layers * (kept + 1)
+    return 4 * teacher_parameters(recipe) + batch_size * ((patches + 1) * per_token + rows)
 
 
 def teacher_parameters(recipe: Recipe) -> int:

@@ -14,6 +14,7 @@ from distill.cost import (
     forward_macs,
     num_tokens,
     record_bytes,
+    record_tokens,
     student_cost,
     teacher_bytes,
     teacher_parameters,
@@ -44,6 +45,7 @@ class CachePlan:
     """What the cache takes; after `break_even_epoch` epochs it has cost less than live targets."""
 
     views: int
+    tokens: int  # patches that a record keeps, of which a student sees all or some
     record_bytes: dict[str, int]
     view_bytes: int
     total_bytes: int
@@ -148,6 +150,7 @@ def _plan_cache(
     view_bytes = sum(fields.values())
     return CachePlan(
         views=section.views,
+        tokens=record_tokens(recipe),
         record_bytes=fields,
         view_bytes=view_bytes,
         total_bytes=view_bytes * clips * section.views,
@@ -208,6 +211,9 @@ def plan_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     if cache is not None:
         fields = ", ".join(f"{name} {size:,}" for name, size in cache.record_bytes.items())
         yield "cached view", f"{cache.view_bytes:,} bytes a clip: {fields}"
+        is_redrawn = "next_arrival" in cache.record_bytes
+        fate = "a new mask in every epoch" if is_redrawn else "the mask of a view stays"
+        yield "kept tokens", f"{cache.tokens:,} of a clip's patches; {fate}"
         yield "cache", f"{_size(cache.total_bytes)} for {cache.views} views of every clip"
         yield "memory, cache", f"about {_size(cache.build_memory_gb * 1e9)}"
     yield "memory, training", f"about {_size(plan.memory_gb * 1e9)}"

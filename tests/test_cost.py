@@ -15,6 +15,7 @@ from distill.cost import (
     num_tokens,
     pool_macs,
     record_bytes,
+    record_tokens,
     student_cost,
     teacher_parameters,
 )
@@ -22,6 +23,8 @@ from distill.models import build_model
 from distill.objective import ClassifyObjective, DistillObjective
 from distill.recipe import Recipe
 from distill.students.vit import SIZES, VideoViT, ViTSize
+from distill.targets import view_records
+from distill.teachers import create_teacher
 
 BATCH = 2
 SIZE = {"width": 96, "depth": 3, "heads": 3, "mlp_ratio": 48 / 11, "pooled_width": 64}
@@ -123,21 +126,35 @@ def test_published_sizes_give_the_published_flops():
     assert 2e-12 * pool_macs(SIZES["1B"], 2049) == pytest.approx(0.016, abs=5e-4)
 
 
-@pytest.mark.parametrize("codes", ["fp16", "8bit", "4bit", "3bit", "2bit"])
-def test_record_bytes_are_those_of_a_record(codes):
-    recipe = make_recipe(distill(cache={"folder": "c", "codes": codes}))
-    patches, visible = num_tokens(recipe)
-    arrays = record_arrays(
-        {
-            "tokens": torch.zeros(1, visible, dtype=torch.int64),
-            "patches": torch.zeros(1, visible, 588, dtype=torch.uint8),
-            "middle": torch.ones(2, 1, visible + 1, TEACHER["width"]),
-            "pooled": torch.ones(1, TEACHER["pooled_width"]),
-            "attention": torch.ones(1, patches),
-        },
-        codec=Codec(codes, means=None if codes == "fp16" else torch.zeros(2, TEACHER["width"])),
+@pytest.mark.parametrize(
+    ("codes", "tokens", "pixels"),
+    [
+        ("fp16", "visible", "visible"),
+        ("8bit", "visible", "full"),
+        ("4bit", "superset", "visible"),
+        ("3bit", "superset", "full"),
+        ("2bit", "all", "visible"),
+    ],
+)
+def test_record_bytes_are_those_of_a_record(codes, tokens, pixels):
+    cache = {"folder": "c", "codes": codes, "tokens": tokens, "pixels": pixels}
+    recipe = make_recipe(distill(cache=cache))
+    teacher = create_teacher(
+        ViTSize(**TEACHER), frames=4, image_size=56, num_layers=2, interval=1.5, random=True
     )
+    batch = {
+        "clip_id": torch.tensor([3]),
+        "view": torch.tensor([0]),
+        "pixels": torch.zeros(1, 3, 4, 56, 56, dtype=torch.uint8),
+    }
+    records = view_records(
+        teacher, batch, mask=recipe.objective.mask, seed=0, tokens=tokens, pixels=pixels
+    )
+    means = None if codes == "fp16" else torch.zeros(2, TEACHER["width"])
+    arrays = record_arrays(records, codec=Codec(codes, means=means))
+    assert record_tokens(recipe) == {"visible": 13, "superset": 26, "all": 64}[tokens]
     assert record_bytes(recipe) == {name: array.nbytes for name, array in arrays.items()}
+    assert list(record_bytes(recipe)) == list(arrays), "in the order in which they lie"
 
 
 def saved_bytes(recipe: Recipe, *, clips: int) -> int:

@@ -77,6 +77,40 @@ def test_bytes_of_the_cache_are_counted_by_field(plans):
     assert small.record_bytes["codes"] == 6 * 411 * 528
 
 
+@pytest.mark.parametrize(
+    ("overrides", "changed", "row"),
+    [
+        (
+            ["tokens=superset"],
+            {"tokens": 1640, "next_arrival": 4, "patches": 482_160, "codes": 6 * 821 * 1408},
+            "820 of a clip's patches; a new mask in every epoch",
+        ),
+        (
+            ["tokens=all"],
+            {"tokens": 4096, "next_arrival": 4, "patches": 1_204_224, "codes": 6 * 2049 * 1408},
+            "2,048 of a clip's patches; a new mask in every epoch",
+        ),
+        (
+            ["pixels=full"],
+            {"tokens": 820, "pixels": 1_204_224, "codes": 3_472_128},
+            "410 of a clip's patches; the mask of a view stays",
+        ),
+    ],
+)
+def test_other_tokens_and_pixels_are_counted(plans, overrides, changed, row):
+    plan = make_plan(load_recipe("L14", [f"objective.cache.{line}" for line in overrides]))
+    found = plan.cache.record_bytes
+    assert {name: found[name] for name in changed} == changed
+    assert ("pixels" in found) != ("patches" in found)
+    assert found["scales"] == 2 * found["codes"] // 1408
+    assert dict(plan_rows(plan))["kept tokens"] == row
+    assert plan.step_tflop == plans["L14"].step_tflop, "a student sees as many tokens as before"
+    more = 8 * 16 * (found["codes"] - 3_472_128)  # 16 clips at once, two float32 copies
+    assert plan.cache.build_memory_gb - plans["L14"].cache.build_memory_gb == pytest.approx(
+        more / 1e9
+    )
+
+
 def test_cache_breaks_even_after_as_many_epochs_as_it_has_views(plans):
     plan = make_plan(load_recipe("B14", ["optim.epochs=8", "optim.warmup_epochs=0"]))
     assert plan.cache.break_even_epoch == 8
