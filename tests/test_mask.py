@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from distill import draw
-from distill.mask import draw_tokens, num_visible
+from distill.mask import Redraw, draw_kept, draw_tokens, num_kept, num_visible
 from distill.recipe import Mask
 
 GRID = (8, 16, 16)
@@ -14,6 +14,14 @@ PINNED = {
     "tube": [7, 9, 10, 19, 21, 22],
     "random": [7, 12, 13, 15, 20, 23],
 }
+
+
+PINNED_KEPT = {
+    "attention": ([0, 3, 4, 7, 9, 10, 11, 12, 13, 15, 20, 23], "0.3258", [0, 1, 2, 4, 8, 9]),
+    "random": ([3, 7, 8, 9, 10, 11, 12, 13, 15, 16, 20, 23], "0.0049", [0, 1, 2, 4, 8, 9]),
+}
+SIX = torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.0375, 0.025])
+CHI_SQUARE_14 = 59.0  # of 14 degrees of freedom, exceeded with probability 2e-7
 
 
 def ids(count):
@@ -155,3 +163,208 @@ def test_a_masks_bytes_are_pinned():
 def test_attention_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"needs attention \[2, 2048\], got none"):
         draw_tokens(Mask(), clip_ids=ids(2), view=0, seed=0, grid=GRID)
+
+
+def two_stages(mask, tokens, attention, *, grid, epoch=3, seed=8, redraw=None):
+    """Tokens [B,M-1] that clips see in an epoch: what records keep, and a draw among those."""
+    settings = {"clip_ids": ids(len(attention)), "grid": grid, "attention": attention}
+    kept, next_arrival = draw_kept(mask, tokens, view=1, seed=2, **settings)
+    if redraw is not None:
+        return kept.gather(1, redraw(attention.gather(1, kept)))
+    places = Redraw(mask, grid, seed).places(
+        clip_ids=settings["clip_ids"],
+        epoch=epoch,
+        tokens=kept,
+        next_arrival=next_arrival,
+        attention=attention,
+    )
+    return kept.gather(1, places)
+
+
+def chi_square(tokens, weights):
+    """Of drawn pairs against the probabilities of ordered draws: the draws' whole distribution."""
+    count = len(weights)
+    expected = torch.zeros(count, count, dtype=torch.float64)
+    for first, second in itertools.permutations(range(count), 2):
+        low, high = sorted((first, second))
+        rest = 1 - weights[first].item()
+        expected[low, high] += weights[first].item() * weights[second].item() / rest
+    found = torch.bincount(tokens[:, 0] * count + tokens[:, 1], minlength=count**2)
+    upper = torch.triu(torch.ones_like(expected), diagonal=1).bool()
+    assert_close(expected[upper].sum().item(), 1.0, rtol=0, atol=1e-6)
+    expected = expected[upper] * len(tokens)
+    assert int(found.reshape(count, count)[upper].sum()) == len(tokens)
+    return float(((found.reshape(count, count)[upper] - expected).square() / expected).sum())
+
+
+@pytest.mark.parametrize("tokens", ["superset", "all"])
+def test_two_stages_draw_as_one(tokens):
+    """Two of six are seen and four or all kept: every pair has its exact probability."""
+    mask, attention = Mask(kind="attention", ratio=0.7), SIX.expand(200_000, 6)
+    seen = two_stages(mask, tokens, attention, grid=(1, 1, 6))
+    assert chi_square(seen, SIX) < CHI_SQUARE_14
+
+
+def pick_first(scores):
+    return scores.sort(dim=1, descending=True).indices[:, :2].sort(dim=1).values
+
+
+@pytest.mark.parametrize(
+    "redraw",
+    [
+        lambda rates: pick_first(draw.uniform(ids(len(rates)), "other", count=4)),
+        lambda rates: pick_first(draw.gumbel(ids(len(rates)), "other", count=4) + rates.log()),
+        lambda rates: pick_first(rates),
+    ],
+    ids=["uniform", "weighted", "largest"],
+)
+def test_other_redraws_are_biased(redraw):
+    """What the comparison above is worth: each of these is far outside of it."""
+    mask, attention = Mask(kind="attention", ratio=0.7), SIX.expand(200_000, 6)
+    seen = two_stages(mask, "superset", attention, grid=(1, 1, 6), redraw=redraw)
+    assert chi_square(seen, SIX) > 20 * CHI_SQUARE_14
+
+
+def test_two_stages_include_each_patch_and_pair_as_often_as_one():
+    count, grid = 40_000, (1, 6, 8)
+    mask = Mask(kind="attention", ratio=0.8)  # 48 - int(38.4) = 10 seen, 20 kept
+    weights = torch.exp(2 * torch.randn(48, generator=torch.Generator().manual_seed(0)))
+    attention = (weights / weights.sum()).expand(count, 48)
+    one = draw_tokens(mask, clip_ids=ids(count), view=0, seed=3, grid=grid, attention=attention)
+    two = two_stages(mask, "superset", attention, grid=grid)
+    shares = []
+    for tokens in (one, two):
+        seen = torch.zeros(count, 48).scatter_(1, tokens, 1.0)
+        shares.append((seen.T @ seen).double() / count)  # pairs, and patches on the diagonal
+    both = (shares[0] + shares[1]) / 2
+    deviation = (2 * both * (1 - both) / count).sqrt().clamp(min=1 / count)
+    scores = (shares[0] - shares[1]) / deviation
+    assert float(scores.abs().max()) < 5.5  # of 1,176: chance 4e-5
+    assert float(scores[torch.triu_indices(48, 48).unbind()].square().mean()) < 1.5
+
+
+def test_kept_tokens_are_the_first_arrivals_and_the_next_one_is_told():
+    grid, attention = (2, 3, 4), torch.rand(5, 24, generator=torch.Generator().manual_seed(1))
+    settings = {"clip_ids": ids(5), "view": 2, "seed": 7, "grid": grid, "attention": attention}
+    kept, next_arrival = draw_kept(Mask(ratio=0.75), "superset", **settings)
+    assert kept.shape == (5, 12) and kept.dtype == torch.int64
+    assert_close(kept, draw_tokens(Mask(ratio=0.5), **settings))
+    _, following = draw_kept(Mask(ratio=11 / 24), "visible", **settings)  # 13 arrivals
+    thirteen = draw_tokens(Mask(ratio=11 / 24), **settings)
+    assert thirteen.shape == (5, 13)
+    for clip in range(5):
+        (next_token,) = set(thirteen[clip].tolist()) - set(kept[clip].tolist())
+        keys = settings["clip_ids"][clip : clip + 1] + torch.tensor(2) * -4658895280553007687
+        noise = draw.gumbel(keys, "mask", 7, count=24)[0, next_token]
+        arrival = -(noise + attention[clip, next_token].log())
+        assert_close(next_arrival[clip, 0], arrival)
+        assert following[clip, 0] > next_arrival[clip, 0]
+    assert next_arrival.shape == (5, 1) and next_arrival.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("kind", "ratio", "tokens", "expected"),
+    [
+        ("attention", 0.8, "visible", 410),
+        ("attention", 0.8, "superset", 820),
+        ("random", 0.6, "superset", 1640),
+        ("random", 0.4, "superset", 2048),
+        ("random", 0.8, "all", 2048),
+        ("tube", 0.8, "all", 2048),
+        ("tube", 0.8, "visible", 416),
+    ],
+)
+def test_how_many_tokens_are_kept(kind, ratio, tokens, expected):
+    mask = Mask(kind=kind, ratio=ratio)
+    assert num_kept(GRID, mask, tokens) == expected
+    attention = torch.rand(2, 2048)
+    kept, next_arrival = draw_kept(
+        mask, tokens, clip_ids=ids(2), view=0, seed=1, grid=GRID, attention=attention
+    )
+    assert kept.shape == (2, expected) and bool((kept.diff(dim=1) > 0).all())
+    has_more = expected < 2048 and kind != "tube"
+    assert bool(next_arrival.isfinite().all()) == has_more
+    if expected == 2048:
+        places = Redraw(mask, GRID, 0).places(
+            clip_ids=ids(2), epoch=0, tokens=kept, next_arrival=next_arrival, attention=attention
+        )
+        assert places.shape == (2, num_visible(GRID, mask))
+
+
+def test_a_superset_of_tubes_is_refused():
+    with pytest.raises(ValueError, match="a tube mask has no superset: keep its visible tokens"):
+        num_kept(GRID, Mask(kind="tube"), "superset")
+
+
+def test_tubes_are_drawn_anew_from_all_tokens():
+    mask, attention = Mask(kind="tube", ratio=0.75), torch.ones(40_000, 24)
+    epochs = [two_stages(mask, "all", attention, grid=(2, 3, 4), epoch=epoch) for epoch in range(2)]
+    for tokens in epochs:
+        assert tokens.shape == (40_000, 6)
+        assert_close(tokens[:, 3:], tokens[:, :3] + 12)
+        share = torch.bincount(tokens[:, :3].flatten(), minlength=12).double() / 40_000
+        assert float((share - 0.25).abs().max()) < 4.5 * (0.25 * 0.75 / 40_000) ** 0.5
+    same = (epochs[0] == epochs[1]).all(dim=1).double().mean().item()
+    assert same == pytest.approx(1 / 220, abs=4.5 * (1 / 220 / 40_000) ** 0.5), "of 12 over 3"
+
+
+@pytest.mark.parametrize("tokens", ["superset", "all"])
+def test_weights_that_underflowed_stay_last_and_stay_even(tokens):
+    """Three patches have all the weight, so that a fourth is any of the other seventeen."""
+    attention = torch.zeros(20_000, 20)
+    attention[:, [3, 8, 13]] = torch.tensor([1e-30, 0.5, 1e-20])
+    seen = two_stages(Mask(ratio=0.8), tokens, attention, grid=(1, 4, 5))
+    share = torch.bincount(seen.flatten(), minlength=20).double() / 20_000
+    assert share[[3, 8, 13]].tolist() == [1.0, 1.0, 1.0]
+    rest = share[[place for place in range(20) if place not in (3, 8, 13)]]
+    assert float((rest - 1 / 17).abs().max()) < 4.5 * (1 / 17 / 20_000) ** 0.5
+
+
+def test_ties_go_to_the_earlier_patch(monkeypatch):
+    def level(clip_ids, *names, count):
+        return torch.full((len(clip_ids), count), 0.5)
+
+    monkeypatch.setattr(draw, "uniform", level)
+    places = Redraw(Mask(kind="random", ratio=0.75), (2, 3, 4), 0).places(
+        clip_ids=ids(2),
+        epoch=0,
+        tokens=torch.arange(12).repeat(2, 1),
+        next_arrival=torch.zeros(2, 1),
+        attention=torch.ones(2, 24),
+    )
+    assert places.tolist() == [[0, 1, 2, 3, 4, 5]] * 2
+
+
+def test_an_epochs_mask_depends_on_clip_epoch_and_seed_alone():
+    mask, grid = Mask(ratio=0.75), (2, 8, 8)
+    attention = torch.rand(6, 128, generator=torch.Generator().manual_seed(1))
+    settings = {"clip_ids": ids(6), "attention": attention}
+    tokens, next_arrival = draw_kept(mask, "superset", view=0, seed=1, grid=grid, **settings)
+    record = {"tokens": tokens, "next_arrival": next_arrival, **settings}
+    first = Redraw(mask, grid, 4).places(epoch=2, **record)
+    assert_close(Redraw(mask, grid, 4).places(epoch=2, **record), first)
+    order = torch.tensor([4, 1])
+    alone = {name: value[order] for name, value in record.items()}
+    assert_close(Redraw(mask, grid, 4).places(epoch=2, **alone), first[order])
+    for other in (
+        Redraw(mask, grid, 4).places(epoch=3, **record),
+        Redraw(mask, grid, 5).places(epoch=2, **record),
+        Redraw(mask, grid, 4).places(epoch=2, **{**record, "clip_ids": ids(12)[6:]}),
+    ):
+        shared = [len(set(a) & set(b)) for a, b in zip(first.tolist(), other.tolist(), strict=True)]
+        assert max(shared) < 32 and min(shared) > 8, "some of the 32 are seen again"
+
+
+@pytest.mark.parametrize("kind", ["attention", "random"])
+def test_kept_tokens_and_redraws_are_pinned(kind):
+    """Runs of released versions redraw these: whoever changes them changes every such run."""
+    attention = torch.linspace(1, 0.1, 24)[None]
+    mask, grid, clip_ids = Mask(kind=kind, ratio=0.75), (2, 3, 4), torch.tensor([12345])
+    tokens, next_arrival = draw_kept(
+        mask, "superset", clip_ids=clip_ids, view=2, seed=7, grid=grid, attention=attention
+    )
+    places = Redraw(mask, grid, 1).places(
+        clip_ids=clip_ids, epoch=5, tokens=tokens, next_arrival=next_arrival, attention=attention
+    )
+    found = tokens[0].tolist(), f"{next_arrival.item():.4f}", places[0].tolist()
+    assert found == PINNED_KEPT[kind]
