@@ -19,6 +19,9 @@ class Part:
         return f"part {self.index + 1} of {self.count}"
 
 
+WHOLE = Part()
+
+
 def read_part(shard: str | None, environment: Mapping[str, str] = os.environ) -> Part:
     """The part that `--shard i/n` (from 1) and torchrun's RANK and WORLD_SIZE leave a process.
 

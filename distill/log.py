@@ -84,6 +84,13 @@ class LineBar(Bar):
         )
 
 
+def size_text(size_bytes: float) -> str:
+    """A size for people to read, in the unit that suits it."""
+    units = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (0, "bytes"))
+    unit, name = next((unit, name) for unit, name in units if size_bytes >= unit)
+    return f"{size_bytes / unit:.2f} {name}" if unit else f"{size_bytes:.0f} {name}"
+
+
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

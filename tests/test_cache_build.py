@@ -115,6 +115,9 @@ class Bar:
     def advance(self, count):
         pass
 
+    def note(self, text):
+        pass
+
 
 def cache_folder(recipe):
     return Path(recipe.objective.cache.folder)
@@ -263,7 +266,7 @@ def test_an_interrupt_keeps_what_was_done(videos, tmp_path):
     def interrupted(title, *, total, unit, done=0):
         yield Interrupting()
 
-    class Interrupting:
+    class Interrupting(Bar):
         count = 0
 
         def advance(self, count):
@@ -346,8 +349,9 @@ def test_a_clip_that_cannot_be_decoded_is_left_out_and_counted(flawed, tmp_path)
     folder = cache_folder(recipe)
     assert report.lines()[1] == (
         f"cache {folder}: 1 clips could not be decoded and are left out; "
-        f"{folder / 'quarantine.jsonl'} says why"
+        f"{folder / 'quarantine.jsonl'} says why:"
     )
+    assert report.lines()[2].startswith(f"  2.mp4: {flawed / '2.mp4'}: ")
     (line,) = (folder / "quarantine.jsonl").read_text().splitlines()
     assert "2.mp4" in json.dumps(json.loads(line))
     clips = read_list(recipe.data.train)

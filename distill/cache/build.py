@@ -1,13 +1,15 @@
 """Building a view cache: the teacher looks once at every view of every clip.
 
 What is committed is never done again: a build subtracts the records that are there and makes the
-rest, in batches whose clips are the same whatever was done before.
+rest, in batches whose clips are the same whatever was done before and however many processes
+share the work. Workers decode ahead of the teacher, and a thread writes behind it.
 """
 
 import functools
+import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,10 +28,12 @@ from distill.cache.codes import Codec
 from distill.cache.identity import cache_identity, distill_section, teacher_hash
 from distill.cache.index import load_index
 from distill.cache.read import QUARANTINE_FILE, quarantined_ids
-from distill.cache.record import record_arrays, view_info
-from distill.cache.shards import Field, ShardWriter, remove_leftovers
+from distill.cache.record import record_fields
+from distill.cache.shards import remove_leftovers
+from distill.cache.writer import RecordWriter
 from distill.data.index import Clip, check_videos, read_list
 from distill.data.load import ClipLoader, Quarantine, Task, View, collate, load_task
+from distill.dist import WHOLE, Part
 from distill.engine import pick_device, to_device
 from distill.errors import StateError
 from distill.models import build_teacher
@@ -38,6 +42,11 @@ from distill.targets import view_records
 from distill.teachers import Teacher
 
 MEGABYTE = 2**20
+MEANS_WAIT_SECONDS = 600.0  # for another process to measure them
+MEANS_POLL_SECONDS = 1.0
+SHOWN_CLIPS = 3  # of those that cannot be decoded; the rest are counted
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,25 +56,40 @@ class BuildReport:
     folder: Path
     num_clips: int
     num_views: int
-    present: int  # records that were there before
+    part: Part
+    total: int  # records that are this part's to make, quarantined clips included
+    present: int  # of these, records that were there before
     written: int
-    quarantined: int  # clips that cannot be decoded, of this build and those before
     size_bytes: int  # of what was written
     seconds: float
+    in_cache: int  # records of the clips that are there in the end, whoever made them
+    unreadable: dict[str, str]  # clips that cannot be decoded, of all builds: name and reason
+
+    @property
+    def quarantined(self) -> int:
+        """How many of the clips cannot be decoded."""
+        return len(self.unreadable)
 
     def lines(self) -> list[str]:
         """The report for the console."""
-        total = self.num_clips * self.num_views
-        text = [
-            f"cache {self.folder}: {self.present + self.written} of {total} records "
-            f"({self.num_clips} clips, {self.num_views} views): {self.written} new in "
-            f"{self.seconds:.0f} s, {self.size_bytes / MEGABYTE:.1f} MB"
-        ]
+        where = f"cache {self.folder}"
+        rate = f" ({self.written / max(self.seconds, 1e-9):.2f} views/s)" if self.written else ""
+        made = f"{self.written} new in {self.seconds:.0f} s{rate}, {log.size_text(self.size_bytes)}"
+        whole = self.num_clips * self.num_views
+        listed = f"({self.num_clips} clips, {self.num_views} views)"
+        text = [f"{where}: {self.in_cache} of {whole} records {listed}: {made}"]
+        if self.part.count > 1:
+            done = self.present + self.written
+            text.append(f"{where}: {self.part} has {done} of its {self.total} records")
         if self.quarantined:
+            shown = list(self.unreadable.items())[:SHOWN_CLIPS]
             text.append(
-                f"cache {self.folder}: {self.quarantined} clips could not be decoded and are left "
-                f"out; {self.folder / QUARANTINE_FILE} says why"
+                f"{where}: {self.quarantined} clips could not be decoded and are left out; "
+                f"{self.folder / QUARANTINE_FILE} says why:"
             )
+            text += [f"  {name}: {reason}" for name, reason in shown]
+            if self.quarantined > len(shown):
+                text.append(f"  and {self.quarantined - len(shown)} more")
         return text
 
 
@@ -74,16 +98,19 @@ def build_cache(
     *,
     folder: str | Path | None = None,
     limit: int | None = None,
+    part: Part = WHOLE,
     progress: Callable[..., AbstractContextManager] = log.progress,
     identity: dict | None = None,
 ) -> BuildReport:
     """Make the records that a recipe's cache lacks; nothing, not even the teacher, if none.
 
-    `limit` takes the first clips of the list only; `identity` is the recipe's `cache_identity`
-    where it is known, which spares hashing a teacher's file again. Records are committed shard
-    by shard, so a kill at any time loses at most the open one. Clips that cannot be decoded go
-    to the folder's quarantine.jsonl. Raises StateError for a folder that holds another recipe's
-    cache and when too many clips fail, InputError for what is wrong with the recipe's inputs.
+    `limit` takes the first clips of the list only, and `part` a share of their batches: the
+    parts together make the whole, at once or one after the other, and records are the same in
+    any division. `identity` is the recipe's `cache_identity` where it is known, which spares
+    hashing a teacher's file again. Records are committed shard by shard, so a kill at any time
+    loses at most the open one. Clips that cannot be decoded go to the folder's quarantine.
+    Raises StateError for a folder that holds another recipe's cache or cannot be written, and
+    when too many clips fail, InputError for what is wrong with the recipe's inputs.
     """
     started = time.monotonic()
     section = distill_section(recipe)
@@ -94,37 +121,75 @@ def build_cache(
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     codec = read_codec(folder, identity)
-    index = load_index(folder, with_codec(identity, codec))
     clip_ids = np.array([clip.id for clip in clips], np.int64)
-    skipped = np.isin(clip_ids, quarantined_ids(folder))
-    is_there = np.stack([index.find(clip_ids, v) >= 0 for v in range(section.cache.views)])
-    wanted = ~is_there & ~skipped  # [V,C]
+    is_there = _is_there(folder, with_codec(identity, codec), clip_ids, section.cache.views)
+    wanted = ~is_there & ~np.isin(clip_ids, quarantined_ids(folder))  # [V,C]
+    part_of = np.arange(len(clips)) // section.cache.batch_size % part.count  # [C]
+    is_own = part_of == part.index
+    own, present = wanted & is_own, int((is_there & is_own).sum())
+    total = int(is_own.sum()) * section.cache.views
     written = size_bytes = 0
-    if wanted.any():
+    if own.any():
         # A wrong folder would fill the quarantine.
         check_videos([clips[i] for i in np.flatnonzero(wanted.any(axis=0))], recipe.data.train)
         teacher = _teacher(recipe).to(pick_device())
         if codec is None:
+            first = int(part_of[wanted.any(axis=0)][0])  # it has work, so it loads a teacher
+            codec = _await_means(folder, identity, Part(first, part.count), own=part)
+        if codec is None:
             sample = sample_clips(listed, seed=section.cache.seed)
             with progress(f"calibrate {folder}", total=len(sample), unit="clips") as bar:
                 codec = _calibrate(recipe, folder, identity, sample, teacher, bar.advance)
-        with progress(
-            f"cache {folder}", total=is_there.size, unit="views", done=int((~wanted).sum())
-        ) as bar:
+        title = f"cache {folder}" + (f", {part}" if part.count > 1 else "")
+        with progress(title, total=total, unit="views", done=total - int(own.sum())) as bar:
             identity = with_codec(identity, codec)
-            for count, size in _write(recipe, folder, identity, clips, wanted, teacher, codec):
+            for count, size, waited in _write(recipe, folder, identity, clips, own, teacher, codec):
                 bar.advance(count)
+                bar.note(f"{log.size_text(size)}, {waited:.0%} of the time waiting for videos")
                 written, size_bytes = written + count, size
+        is_there = _is_there(folder, identity, clip_ids, section.cache.views)
+    quarantine = _quarantine(recipe, folder, clips)
+    quarantine.check()  # with what other parts have found
+    own_ids = set(clip_ids.tolist())
     return BuildReport(
         folder=folder,
         num_clips=len(clips),
         num_views=section.cache.views,
-        present=int(is_there.sum()),
+        part=part,
+        total=total,
+        present=present,
         written=written,
-        quarantined=int(np.isin(clip_ids, quarantined_ids(folder)).sum()),
         size_bytes=size_bytes,
         seconds=time.monotonic() - started,
+        in_cache=int(is_there.sum()),
+        unreadable={
+            entry["name"]: entry["reason"] for entry in quarantine.entries if entry["id"] in own_ids
+        },
     )
+
+
+def _is_there(folder: Path, identity: dict, clip_ids: np.ndarray, num_views: int) -> np.ndarray:
+    """Which records of the clips a cache holds: bool [V,C]."""
+    index = load_index(folder, identity)
+    return np.stack([index.find(clip_ids, view) >= 0 for view in range(num_views)])
+
+
+def _await_means(folder: Path, identity: dict, measurer: Part, *, own: Part) -> Codec | None:
+    """The codec of the means that another part measures, None where that is ours to do.
+
+    So it is, too, where they do not come in time: the other part may not have been started yet.
+    """
+    if measurer == own:
+        return None
+    logger.info("cache %s: %s measures the means of its codes; waiting", folder, measurer)
+    until = time.monotonic() + MEANS_WAIT_SECONDS
+    while time.monotonic() < until:
+        codec = read_codec(folder, identity)
+        if codec is not None:
+            return codec
+        time.sleep(MEANS_POLL_SECONDS)
+    logger.info("cache %s: %s has not brought the means; measuring them here", folder, measurer)
+    return None
 
 
 def _calibrate(
@@ -156,40 +221,39 @@ def _write(
     wanted: np.ndarray,
     teacher: Teacher,
     codec: Codec,
-) -> Iterator[tuple[int, int]]:
-    """Make the wanted records [V,C]; yields how many a batch added, and all bytes so far."""
+) -> Iterator[tuple[int, int, float]]:
+    """Make the wanted records [V,C].
+
+    Yields how many a batch added, all bytes so far and the share of the time that was spent
+    waiting for videos.
+    """
     cache = recipe.objective.cache
-    quarantine = Quarantine(
-        folder / QUARANTINE_FILE, total=len(clips), max_share=recipe.data.max_quarantined
-    )
-    loader = _loader(recipe, quarantine)
-    with ExitStack() as stack:
-        writer = None
-        batches = stack.enter_context(
-            closing(loader.run(_batches(clips, wanted, size=cache.batch_size)))
-        )
+    loader = _loader(recipe, _quarantine(recipe, folder, clips))
+    started = time.monotonic()
+    with (
+        RecordWriter(
+            folder,
+            identity=identity,
+            shard_bytes=cache.shard_mb * MEGABYTE,
+            shard_seconds=60 * cache.shard_minutes,
+        ) as writer,
+        closing(loader.run(_batches(clips, wanted, size=cache.batch_size))) as batches,
+    ):
         for items in batches:
-            if not items:
-                continue
-            arrays = record_arrays(_records(recipe, teacher, items), codec=codec)
-            if writer is None:
-                fields = [Field(n, str(a.dtype), a.shape[1:]) for n, a in arrays.items()]
-                writer = stack.enter_context(
-                    ShardWriter(
-                        folder,
-                        fields=fields,
-                        identity=identity,
-                        shard_bytes=cache.shard_mb * MEGABYTE,
-                        shard_seconds=60 * cache.shard_minutes,
-                    )
-                )
-            for place, (task, view) in enumerate(items):
-                record = {name: array[place] for name, array in arrays.items()}
-                writer.add(task.clip.id, task.view, record, view_info(task.clip, view))
-            writer.commit_if_full()  # only here: a batch is redone as a whole or not at all
-            yield len(items), writer.committed_bytes
-    if writer is not None:
-        yield 0, writer.committed_bytes
+            if items:
+                writer.put(items, record_fields(_records(recipe, teacher, items), codec=codec))
+            elapsed = max(time.monotonic() - started, 1e-9)
+            yield len(items), writer.record_bytes, min(loader.wait_seconds / elapsed, 1.0)
+    yield 0, writer.committed_bytes, min(loader.wait_seconds / elapsed, 1.0)
+
+
+def _quarantine(recipe: Recipe, folder: Path, clips: list[Clip]) -> Quarantine:
+    return Quarantine(
+        folder / QUARANTINE_FILE,
+        total=len(clips),
+        max_share=recipe.data.max_quarantined,
+        clips=clips,
+    )
 
 
 def _loader(recipe: Recipe, quarantine: Quarantine) -> ClipLoader:

@@ -84,10 +84,15 @@ class Quarantine:
                 self._is_mended = True
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self.check()
+
+    def check(self) -> None:
+        """Raise `StateError` where more than the allowed share is in."""
         if self._num_counted > self._max_share * self._total:
             raise StateError(
                 f"{self._num_counted} of {self._total} clips cannot be decoded, more than "
-                f"data.max_quarantined={self._max_share:g} allows; the last: {reason}"
+                f"data.max_quarantined={self._max_share:g} allows; the last: "
+                + str(self.entries[-1]["reason"])
                 + (
                     f"; all are in {self.path}: mend them and delete that file, or raise the share"
                     if self.path is not None
