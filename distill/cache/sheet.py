@@ -1,0 +1,99 @@
+"""A contact sheet of a cache: some of its clips as the student gets to see them."""
+
+import numpy as np
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont
+
+from distill.cache.inspect import OpenedCache, sample_rows, visible_tokens
+from distill.students.vit import PATCH
+
+SHEET_RECORDS = 6
+FRAME_PIXELS = 168  # at least, on the sheet; small frames are enlarged by whole factors
+MARGIN, GAP, TITLE = 16, 4, 26
+PAPER, INK, FAINT = (250, 250, 248), (35, 35, 38), (120, 120, 126)
+MISSING = (214, 214, 210)  # of which the record has no pixels
+MISSING_DOT = (190, 190, 186)
+DIMMED = 0.3  # of the colour that a masked patch keeps
+
+
+def contact_sheet(opened: OpenedCache, *, count: int = SHEET_RECORDS, seed: int = 0) -> Image.Image:
+    """A row of frames for each of `count` records, drawn by `seed`, with their masks.
+
+    What the student sees is in full colour. Patches that are kept and masked (of a superset, of
+    all tokens, of full frames) are pale; those of which the record has no pixels are grey.
+    """
+    cache = opened.cache
+    frames, height, _ = opened.grid  # views are square
+    side = height * PATCH
+    zoom = max(1, -(-FRAME_PIXELS // side))
+    rows = sample_rows(len(cache.index), count, seed=seed)
+    width = 2 * MARGIN + frames * (side * zoom + GAP) - GAP
+    row_height = TITLE + side * zoom + MARGIN
+    sheet = Image.new("RGB", (width, MARGIN + TITLE + len(rows) * row_height), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    font, small = ImageFont.load_default(16), ImageFont.load_default(13)
+    pen.text((MARGIN, MARGIN - 4), _heading(opened), fill=INK, font=font)
+    for number, row in enumerate(rows):
+        arrays, info = cache.read(int(row))
+        seen = visible_tokens(opened, arrays, row=int(row))
+        top = MARGIN + TITLE + number * row_height
+        _write_title(pen, info, seen, top, font=small, width=width)
+        for frame, pixels in enumerate(draw_frames(opened, arrays, seen)):
+            image = Image.fromarray(pixels).resize((side * zoom,) * 2, Image.Resampling.NEAREST)
+            sheet.paste(image, (MARGIN + frame * (side * zoom + GAP), top + TITLE))
+    return sheet
+
+
+def draw_frames(opened: OpenedCache, arrays: dict[str, np.ndarray], seen: np.ndarray) -> np.ndarray:
+    """Frames uint8 [T,S,S,3] of a record with its mask, `seen` being the visible patches."""
+    grid = opened.grid
+    if "pixels" in arrays:
+        kept = np.arange(np.prod(grid))
+        patches = rearrange(arrays["pixels"], "c t (h p) (w q) -> (t h w) p q c", p=PATCH, q=PATCH)
+    else:
+        kept = arrays["tokens"].astype(np.int64)
+        patches = rearrange(arrays["patches"], "n (c p q) -> n p q c", p=PATCH, q=PATCH)
+    drawn = np.empty((int(np.prod(grid)), PATCH, PATCH, 3), np.uint8)
+    drawn[:] = _blank_patch()
+    drawn[kept] = patches
+    is_pale = np.setdiff1d(kept, seen, assume_unique=True)
+    drawn[is_pale] = _dim(drawn[is_pale])
+    t, h, w = grid
+    return rearrange(drawn, "(t h w) p q c -> t (h p) (w q) c", t=t, h=h, w=w)
+
+
+def _blank_patch() -> np.ndarray:
+    """A grey tile with a dot, so that masked patches can be counted."""
+    patch = np.empty((PATCH, PATCH, 3), np.uint8)
+    patch[:] = MISSING
+    middle = PATCH // 2
+    patch[middle - 1 : middle + 1, middle - 1 : middle + 1] = MISSING_DOT
+    return patch
+
+
+def _dim(patches: np.ndarray) -> np.ndarray:
+    """Towards the paper and half way to grey."""
+    colour = patches.astype(np.float32)
+    colour = (colour + colour.mean(axis=-1, keepdims=True)) / 2
+    return np.rint(DIMMED * colour + (1 - DIMMED) * np.array(PAPER, np.float32)).astype(np.uint8)
+
+
+def _heading(opened: OpenedCache) -> str:
+    identity, mask = opened.identity, opened.mask
+    kept, pixels = (identity[f"objective.cache.{name}"] for name in ("tokens", "pixels"))
+    parts = [f"{mask.kind} mask, ratio {mask.ratio:g}", f"tokens {kept}", f"pixels {pixels}"]
+    return f"{opened.cache.folder}:  {',  '.join(parts)}"
+
+
+def _write_title(
+    pen: ImageDraw.ImageDraw, info: dict, seen: np.ndarray, top: int, *, font, width: int
+) -> None:
+    """The clip's name with its view on the left, and what its frames are on the right."""
+    flip = ", flipped" if info["flip"] else ""
+    pen.text((MARGIN, top + 6), f"{info['name']}  view {info['view']}", fill=INK, font=font)
+    frames = " ".join(str(frame) for frame in info["frames"])
+    text = f"frames {frames}{flip}, {len(seen)} patches seen"
+    right = width - MARGIN - pen.textlength(text, font=font)
+    left = MARGIN + pen.textlength(f"{info['name']}  view {info['view']}  ", font=font)
+    if right > left:
+        pen.text((right, top + 6), text, fill=FAINT, font=font)
