@@ -1,14 +1,15 @@
 """The training loop: distilling, finetuning, probing and training from scratch are one loop.
 
-What differs is the job: where batches come from, what prepares them, and the objective.
+What differs is the job: where batches come from, what prepares them, and the objective. Students
+that learn together are several jobs, to which the loop hands the same batches.
 """
 
-import fcntl
 import json
 import logging
+import math
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 
 from distill import log
 from distill import recipe as schema
+from distill.cache.read import CachedBatches
 from distill.checkpoint import (
     Checkpoint,
     latest_checkpoint,
@@ -28,18 +30,30 @@ from distill.checkpoint import (
     step_folder,
     write_json,
     write_tensors,
-    write_text,
 )
-from distill.engine import Engine, NonFiniteError, pick_device, reproducible
+from distill.data.load import ClipBatches
+from distill.engine import (
+    Engine,
+    NonFiniteError,
+    pick_device,
+    reproducible,
+    seed_generators,
+    split_batch,
+)
 from distill.errors import StateError
 from distill.evaluate import evaluate
 from distill.interrupt import Interrupted, StopRequest
-from distill.job import Job, build_job, check_evaluation, describe_model, has_evaluation
+from distill.job import (
+    Job,
+    build_job,
+    check_evaluation,
+    describe_model,
+    has_evaluation,
+    open_cache,
+)
 from distill.optim import make_schedule
-from distill.recipe_file import differences, dump_recipe, load_recipe
+from distill.run_folder import SUMMARY, claim_folder
 
-SUMMARY = "summary.json"
-RECIPE = "recipe.yaml"
 SHOWN_CLIPS = 4  # of a step's clips in a message; all of them go to a file
 
 logger = logging.getLogger(__name__)
@@ -66,23 +80,99 @@ def train(recipe: schema.Recipe, folder: str | Path) -> dict:
     `Interrupted`. Raises InputError for what is wrong with the inputs and StateError for a folder
     of another recipe, a damaged checkpoint, or a loss that is not finite.
     """
-    folder = Path(folder)
-    with claim_folder(folder, recipe):
-        if (folder / SUMMARY).exists():
-            return json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        device = pick_device()
-        with reproducible(device, seed=recipe.run.seed):
+    (summary,) = train_together([recipe], [Path(folder)])
+    return summary
+
+
+def train_together(recipes: Sequence[schema.Recipe], folders: Sequence[Path]) -> list[dict]:
+    """As `train`, for recipes that share seed, list, views and cached targets: read once for all.
+
+    Each ends with the weights of a run of its own, bit for bit on a CPU, and leaves the same
+    files in its folder. Where a stop or a kill leaves them at different steps, the reading
+    begins again at the earliest, and the others skip what they have had.
+    """
+    with ExitStack() as claims:
+        for recipe, folder in zip(recipes, folders, strict=True):
+            claims.enter_context(claim_folder(folder, recipe))
+        left = [
+            (recipe, folder)
+            for recipe, folder in zip(recipes, folders, strict=True)
+            if not (folder / SUMMARY).exists()
+        ]
+        if left:
+            train_unfinished(left)
+        return [json.loads((folder / SUMMARY).read_text(encoding="utf-8")) for folder in folders]
+
+
+def train_unfinished(left: Sequence[tuple[schema.Recipe, Path]]) -> None:
+    """Open what the recipes read, train them in their folders and write their summaries."""
+    device, seed = pick_device(), left[0][0].run.seed
+    with reproducible(device, seed=seed):
+        cache = open_cache(left[0][0]) if len(left) > 1 else None
+        jobs = []
+        for recipe, folder in left:
             check_evaluation(recipe)
-            job = build_job(recipe, folder, device=device)
-            with StopRequest() as stop:
-                at = Position()
-                if job.batches is not None:
-                    at = Run(recipe, job, folder, device=device, stop=stop).train()
-                return finish(recipe, job, folder, at, device=device, stop=stop)
+            seed_generators(seed)  # so that each starts with the weights of a run of its own
+            jobs.append(build_job(recipe, folder, device=device, cache=cache))
+        size = math.lcm(*(recipe.optim.batch_size for recipe, _ in left))
+        stream = jobs[0].batches
+        if cache is not None:
+            stream = CachedBatches(cache, batch_size=size, seed=seed)
+        with StopRequest() as stop:
+            positions = [Position()]  # of weights that are only evaluated
+            if stream is not None:
+                runs = [
+                    Run(recipe, job, folder, stream=stream, device=device, stop=stop)
+                    for (recipe, folder), job in zip(left, jobs, strict=True)
+                ]
+                train_runs(runs, stream, size=size)
+                positions = [run.at for run in runs]
+            for (recipe, folder), job, at in zip(left, jobs, positions, strict=True):
+                finish(recipe, job, folder, at, device=device, stop=stop)
+
+
+def train_runs(runs: "Sequence[Run]", stream: ClipBatches | CachedBatches, *, size: int) -> None:
+    """The loop: every run to its last step, and saved; on an interruption save and raise it.
+
+    Batches of the stream have `size` clips: one batch of each run, or several whole ones.
+    """
+    with ExitStack() as stack:
+        left = [run for run in runs if not run.is_done]
+        for run in left:
+            stack.enter_context(run.shown())
+        try:
+            while left:
+                epoch = min(run.at.epoch for run in left)
+                train_epoch([run for run in left if run.at.epoch == epoch], stream, size=size)
+                left = [run for run in left if not run.is_done]
+        except Interrupted:
+            for run in left:
+                run.save()
+                logger.info("%s: saved after step %d, goes on from there", run.folder, run.at.step)
+            raise
+
+
+def train_epoch(runs: "Sequence[Run]", stream: ClipBatches | CachedBatches, *, size: int) -> None:
+    """What is left of an epoch that all the runs stand in."""
+    # None is left for a run that stopped between the last step and the evaluation.
+    reading = [run for run in runs if run.at.step_in_epoch < run.job.batches.steps_per_epoch]
+    if reading:
+        first = min(run.clips_seen for run in reading) // size
+        for run in reading:
+            run.job.objective.train()
+        with closing(stream.epoch(runs[0].at.epoch, first)) as batches:
+            for number, batch in enumerate(batches, first):
+                for run in reading:
+                    run.take(batch, start=number * size)
+    for run in runs:
+        run.end_epoch()
 
 
 class Run:
-    """The loop and its state, from the latest checkpoint in `folder` or from the start."""
+    """A model's training and where it stands: at the latest checkpoint in `folder`, or the start.
+
+    `stream` gives the batches, of which `job.batches` says how many the run itself would read.
+    """
 
     def __init__(
         self,
@@ -90,18 +180,19 @@ class Run:
         job: Job,
         folder: Path,
         *,
+        stream: ClipBatches | CachedBatches,
         device: torch.device,
         stop: StopRequest,
     ) -> None:
         self.recipe, self.job, self.folder = recipe, job, folder
-        self.device, self.stop = device, stop
+        self.stream, self.device, self.stop = stream, device, stop
         self.checkpoints = folder / "checkpoints"
         self.schedule = make_schedule(recipe.optim, steps_per_epoch=job.batches.steps_per_epoch)
         self.engine = Engine(
             job.objective, job.model, optim=recipe.optim, prepare=job.prepare, device=device
         )
         self.at = self.resume()
-        self.meter = log.Meter(job.batches.wait_seconds)
+        self.meter = log.Meter(stream.wait_seconds)
         self.saved_at = time.monotonic()
 
     def resume(self) -> Position:
@@ -117,8 +208,18 @@ class Run:
         logger.info("%s: goes on after step %d", self.folder, at.step)
         return at
 
-    def train(self) -> Position:
-        """Run to the last step, and save it; on an interruption save and raise it."""
+    @property
+    def is_done(self) -> bool:
+        return self.at.epoch >= self.recipe.optim.epochs
+
+    @property
+    def clips_seen(self) -> int:
+        """Clips of this epoch's order that it has trained on."""
+        return self.at.step_in_epoch * self.recipe.optim.batch_size
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Log its steps and show how far it is while the block runs."""
         with (
             closing(log.RunLog(self.folder, step=self.at.step)) as self.log,
             log.progress(
@@ -128,46 +229,40 @@ class Run:
                 done=self.at.step,
             ) as self.bar,
         ):
-            try:
-                while self.at.epoch < self.recipe.optim.epochs:
-                    self.train_epoch()
-                    self.end_epoch()
-            except Interrupted:
-                self.save()
-                logger.info(
-                    "%s: saved after step %d, goes on from there", self.folder, self.at.step
-                )
-                raise
-            except NonFiniteError as error:
-                raise describe_non_finite(error, self.job, self.folder) from None
-        return self.at
+            yield
 
-    def train_epoch(self) -> None:
-        """The steps of the epoch that are left."""
+    def take(self, batch: dict, *, start: int) -> None:
+        """Train on what it has not seen of a batch whose first clip is number `start` of the order.
+
+        Its own batches lie in the stream's one behind the other.
+        """
+        for piece in split_batch(batch, self.recipe.optim.batch_size):
+            if start == self.clips_seen:
+                with naming_clips(self.job, self.folder):
+                    self.step(piece)
+            start += self.recipe.optim.batch_size
+
+    def step(self, batch: dict) -> None:
+        """One optimiser step, and what is due after it."""
         at, run = self.at, self.recipe.run
-        if at.step_in_epoch == self.job.batches.steps_per_epoch:
-            return  # stopped between the last step and the evaluation
-        self.job.objective.train()
-        with closing(self.job.batches.epoch(at.epoch, at.step_in_epoch)) as batches:
-            for batch in batches:
-                lr = self.schedule.lr_at(at.step)
-                losses = self.engine.step(batch, step=at.step + 1, lr=lr)
-                at.step += 1
-                at.step_in_epoch += 1
-                self.bar.advance()
-                self.meter.clips += len(batch["clip_id"])
-                if at.step % run.log_steps == 0 or at.step == self.schedule.num_steps:
-                    self.log_step(losses, lr=lr)
-                if time.monotonic() - self.saved_at > 60 * run.save_minutes:
-                    self.save()
-                self.stop.check()
+        lr = self.schedule.lr_at(at.step)
+        losses = self.engine.step(batch, step=at.step + 1, lr=lr)
+        at.step += 1
+        at.step_in_epoch += 1
+        self.bar.advance()
+        self.meter.clips += len(batch["clip_id"])
+        if at.step % run.log_steps == 0 or at.step == self.schedule.num_steps:
+            self.log_step(losses, lr=lr)
+        if time.monotonic() - self.saved_at > 60 * run.save_minutes:
+            self.save()
+        self.stop.check()
 
     def log_step(self, losses: dict[str, torch.Tensor], *, lr: float) -> None:
         """Write the step's values; the one place that waits for the device."""
         self.engine.check()
         at = self.at
         at.last = {name: value.item() for name, value in losses.items()}
-        rates = self.meter.read(self.job.batches.wait_seconds)
+        rates = self.meter.read(self.stream.wait_seconds)
         self.log.write(at.step, {"epoch": at.epoch, "lr": lr, **at.last, **rates})
         self.bar.note(
             f"loss {at.last['loss']:.4f}  {rates['clips_per_second']:.1f} clips/s  "
@@ -201,11 +296,12 @@ class Run:
         if is_best or at.epoch == self.recipe.optim.epochs:
             self.save()
         # Evaluating and saving do not count as time of the next steps.
-        self.meter.read(self.job.batches.wait_seconds)
+        self.meter.read(self.stream.wait_seconds)
 
     def save(self) -> None:
         """Write a checkpoint that this run, or a rerun of it, goes on from."""
-        self.engine.check()  # a GPU may not have told yet that a step went wrong
+        with naming_clips(self.job, self.folder):
+            self.engine.check()  # a GPU may not have told yet that a step went wrong
         at, now = self.at, time.monotonic()
         at.seconds += now - self.saved_at
         self.saved_at = now
@@ -279,42 +375,18 @@ def finish(
     return summary
 
 
-def describe_non_finite(error: NonFiniteError, job: Job, folder: Path) -> StateError:
-    """The message with the clips' names; all of them are written to non_finite.json."""
-    names = job.clip_names(error.clip_ids)
-    path = folder / "non_finite.json"
-    write_json(path, {"step": error.step, "clips": names})
-    shown = ", ".join(names[:SHOWN_CLIPS])
-    more = f" and {len(names) - SHOWN_CLIPS} more ({path})" if len(names) > SHOWN_CLIPS else ""
-    return StateError(
-        f"{folder}: {error}; clips: {shown}{more}; look at them, or lower optim.lr or set "
-        "optim.clip_grad"
-    )
-
-
 @contextmanager
-def claim_folder(folder: Path, recipe: schema.Recipe) -> Iterator[None]:
-    """Hold the run folder for this process and this recipe, written to its recipe.yaml.
-
-    Raises StateError when another process trains there, or when what lies there came from other
-    settings that have a say in the result.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StateError(
-                f"{folder}: another process is training there; wait for it or set run.folder"
-            ) from None
-        path = folder / RECIPE
-        has_begun = (folder / SUMMARY).exists() or latest_checkpoint(folder / "checkpoints")
-        if has_begun and path.exists():
-            changed = differences(load_recipe(path), recipe)
-            if changed:
-                raise StateError(
-                    f"{folder}: was started with other settings ({'; '.join(changed)}); put them "
-                    "back, or set run.folder to start another run"
-                )
-        write_text(path, dump_recipe(recipe))
+def naming_clips(job: Job, folder: Path) -> Iterator[None]:
+    """Give a non-finite loss the names of its clips; all of them go to non_finite.json."""
+    try:
         yield
+    except NonFiniteError as error:
+        names = job.clip_names(error.clip_ids)
+        path = folder / "non_finite.json"
+        write_json(path, {"step": error.step, "clips": names})
+        shown = ", ".join(names[:SHOWN_CLIPS])
+        more = f" and {len(names) - SHOWN_CLIPS} more ({path})" if len(names) > SHOWN_CLIPS else ""
+        raise StateError(
+            f"{folder}: {error}; clips: {shown}{more}; look at them, or lower optim.lr or set "
+            "optim.clip_grad"
+        ) from None
