@@ -12,11 +12,11 @@ from distill.cache.codes import (
     rotate,
     rotate_back,
     row_bytes,
-    unpack,
 )
 from distill.data.demo import make_demo
 from distill.data.index import read_list
 from distill.data.load import load_view
+from distill.kernels.codes import unpack
 from distill.recipe import ClipList, Demo, Views
 from distill.students.vit import ViTSize
 from distill.teachers import create_teacher

@@ -1,4 +1,4 @@
-"""How a record keeps the teacher's middle layers: the one place that writes and reads codes.
+"""How a record keeps the teacher's middle layers: the one place that makes codes of them.
 
     fp16                      the values in half precision
     8bit, 4bit, 3bit, 2bit    codes of that width, and a scale per row in half precision
@@ -25,9 +25,9 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from distill import draw
+from distill.kernels.codes import GROUP, decode_codes
 
 BITS = {"8bit": 8, "4bit": 4, "3bit": 3, "2bit": 2}
-GROUP = 8  # codes are packed eight at a time, into as many bytes as a code has bits
 LARGEST_FACTOR = 128  # of a width's power of two; larger ones are mixed in several steps
 ITERATIONS = 500  # of 256 levels the error is within 0.02 % of its limit then, of fewer there
 
@@ -82,12 +82,9 @@ class Codec:
             return codes
         levels, means = self._on(codes.device)
         width = means.shape[-1]
-        levels = levels / math.sqrt(width)
-        rows = torch.empty((*codes.shape[:-1], width), device=codes.device)
-        for layer, mean in enumerate(means):
-            values = unpack(codes[..., layer, :, :], bits=self.bits, width=width)
-            scaled = _look_up(levels, values) * scales[..., layer, :, None].float()
-            rows[..., layer, :, :] = rotate_back(scaled) + mean
+        rows = decode_codes(codes, scales, levels / math.sqrt(width), width=width)
+        for layer, mean in enumerate(means):  # one at a time, as in encode
+            rows[..., layer, :, :] = rotate_back(rows[..., layer, :, :]) + mean
         return rows
 
     def _check_rows(self, middle: Tensor) -> None:
@@ -195,10 +192,7 @@ def _signs(width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def pack(values: Tensor, *, bits: int) -> Tensor:
-    """Codes uint8 [...,E] below 2^bits as bytes [...,ceil(E*bits/8)].
-
-    A row is a string of bits from the lowest of its first byte on, the lowest of a code first.
-    """
+    """Codes uint8 [...,E] below 2^bits as bytes [...,ceil(E*bits/8)] (see kernels/codes.py)."""
     if bits == 8:
         return values
     width = values.shape[-1]
@@ -208,16 +202,3 @@ def pack(values: Tensor, *, bits: int) -> Tensor:
     parts = (words[..., None] >> 8 * shifts[:bits]) & 255
     packed = rearrange(parts, "... g b -> ... (g b)").to(torch.uint8)
     return packed[..., : -(-width * bits // 8)]
-
-
-def unpack(packed: Tensor, *, bits: int, width: int) -> Tensor:
-    """Codes int32 [...,E] of `pack`'s bytes."""
-    if bits == 8:
-        return packed.int()
-    padded = F.pad(packed, (0, -packed.shape[-1] % bits))
-    parts = rearrange(padded, "... (g b) -> ... g b", b=bits).int()
-    shifts = torch.arange(GROUP, device=packed.device, dtype=torch.int32)
-    # Disjoint bits, so that the sum cannot overflow; the sign bit is masked off below.
-    words = (parts << 8 * shifts[:bits]).sum(dim=-1, dtype=torch.int32)
-    values = (words[..., None] >> bits * shifts) & (2**bits - 1)
-    return rearrange(values, "... g c -> ... (g c)")[..., :width]
