@@ -85,17 +85,34 @@ def cache_teacher(
         int | None,
         typer.Option(min=1, help="Only the list's first clips.", show_default=False),
     ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Only the I-th of N equal parts of the work, such as 2/4; others may do the rest "
+            "at the same time, on any machine.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Run a recipe's teacher over its clips and keep what students learn from.
 
-    Goes on where an earlier call stopped, and does nothing where all is there.
+    Goes on where an earlier call stopped, and does nothing where all is there. With several GPUs:
+    `torchrun --nproc-per-node 8 -m distill cache-teacher RECIPE`.
     """
     with _clean_exit():
+        from distill.dist import num_ranks, read_part
+
+        part = read_part(shard)
+        if num_ranks() > 1:
+            rich.reconfigure(force_terminal=False)  # several bars cannot share a screen
         loaded = _load("cache-teacher", recipe, overrides)
         from distill.cache.build import build_cache
+        from distill.dist import use_own_gpu
 
+        use_own_gpu()
         for name, stage in _stages(loaded, with_cache=True).items():
-            for line in build_cache(_resolved(stage, loaded), limit=limit).lines():
+            for line in build_cache(_resolved(stage, loaded), limit=limit, part=part).lines():
                 _say(line if name is None else f"{name}: {line}")
 
 

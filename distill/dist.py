@@ -36,13 +36,31 @@ def read_part(shard: str | None, environment: Mapping[str, str] = os.environ) ->
                 f"--shard {shard}: expected i/n, the i-th of n parts, from 1/n to n/n; as in 2/4"
             )
         index, count = int(match[1]) - 1, int(match[2])
-    ranks = _number(environment, "WORLD_SIZE", default=1)
+    ranks = num_ranks(environment)
     return Part(index * ranks + _number(environment, "RANK", default=0), count * ranks)
 
 
-def local_rank(environment: Mapping[str, str] = os.environ) -> int:
-    """Which of this machine's processes, and so of its GPUs, torchrun has made this one."""
-    return _number(environment, "LOCAL_RANK", default=0)
+def num_ranks(environment: Mapping[str, str] = os.environ) -> int:
+    """How many processes torchrun has started for this command, one without it."""
+    return _number(environment, "WORLD_SIZE", default=1)
+
+
+def use_own_gpu(environment: Mapping[str, str] = os.environ) -> None:
+    """Make "cuda" mean the GPU that torchrun's LOCAL_RANK leaves this process; nothing on a CPU.
+
+    Raises InputError where there are fewer GPUs than processes.
+    """
+    import torch  # not at the top: a command line reads its part before it knows what it needs
+
+    rank, count = _number(environment, "LOCAL_RANK", default=0), torch.cuda.device_count()
+    if not count:
+        return
+    if rank >= count:
+        raise InputError(
+            f"LOCAL_RANK={rank}: this machine has {count} GPUs; give torchrun "
+            f"--nproc-per-node {count}"
+        )
+    torch.cuda.set_device(rank)
 
 
 def _number(environment: Mapping[str, str], name: str, *, default: int) -> int:

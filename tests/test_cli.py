@@ -182,23 +182,23 @@ def test_train_runs_a_study(recipe, monkeypatch):
     assert folders == ["runs/s/a", "runs/s/b"]
 
 
-def test_cache_teacher_passes_its_limit(monkeypatch):
+def test_cache_teacher_passes_its_limit_and_part(monkeypatch):
     class Report:
         def lines(self):
             return ["cache c: 3 of 3 records"]
 
     calls = []
 
-    def build(loaded, *, limit):
-        calls.append((loaded.name, limit))
+    def build(loaded, *, limit, part):
+        calls.append((loaded.name, limit, str(part)))
         return Report()
 
     monkeypatch.setattr("distill.cache.build.build_cache", build)
     Path("l.csv").write_text("a.mp4 1\n")
     overrides = ["data.train.list=l.csv", "objective.teacher.weights.checkpoint=l.csv"]
-    result = run("cache-teacher", "S14", *overrides, "--limit", "3")
+    result = run("cache-teacher", "S14", *overrides, "--limit", "3", "--shard", "2/4")
     assert result.exit_code == 0
-    assert calls == [("S14", 3)]
+    assert calls == [("S14", 3, "part 2 of 4")]
     assert "cache c: 3 of 3 records" in result.output
     assert run("cache-teacher", "S14", "--limit", "0").exit_code == 2
 
