@@ -5,7 +5,8 @@ from torch.testing import assert_close
 
 from distill import draw
 from distill.cache.codes import Codec
-from distill.mask import draw_tokens
+from distill.cache.record import record_fields
+from distill.mask import Redraw, draw_kept, draw_tokens
 from distill.objective import DistillObjective
 from distill.recipe import Distill, Mask
 from distill.students import create_student
@@ -41,19 +42,10 @@ def live_batch(count=3):
     }
 
 
-def cached(live, codec):
-    """A live batch as `CachedBatches` would hand it out."""
-    middle = live["middle"].transpose(0, 1).contiguous()
-    return {
-        "clip_id": live["clip_id"],
-        "view": torch.zeros_like(live["clip_id"]),
-        "tokens": live["tokens"].to(torch.int16),
-        "patches": live["patches"],
-        **codec.encode(middle),
-        "pooled": live["pooled"].half(),
-        "attention": live["attention"],
-        "epoch": live["epoch"],
-    }
+def cached(records, codec, batch):
+    """Records as `CachedBatches` would hand them out."""
+    kept = {name: batch[name] for name in ("clip_id", "view", "epoch")}
+    return {**kept, **record_fields(records, codec=codec)}
 
 
 @pytest.mark.parametrize("kind", ["attention", "tube", "random"])
@@ -143,7 +135,7 @@ def test_targets_go_into_a_loss_that_is_differentiated(teacher):
 def test_cached_targets_are_the_live_ones_up_to_their_codes(teacher, kind, error):
     live = LiveTargets(teacher, MASK, 4)(live_batch())
     codec = Codec(kind, means=None if kind == "fp16" else live["middle"].mean((1, 2)))
-    found = CachedTargets(codec)(cached(live, codec))
+    found = CachedTargets(codec)(cached(live, codec, live_batch()))
     assert set(found) == set(live)
     assert found["epoch"] == live["epoch"] == 5
     for name in ("clip_id", "tokens", "patches", "attention"):
@@ -153,3 +145,94 @@ def test_cached_targets_are_the_live_ones_up_to_their_codes(teacher, kind, error
     difference = (found["middle"].float() - live["middle"]).norm(dim=-1).max().item()
     assert 0 < difference < error
     assert_close(found["pooled"], live["pooled"], rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("pixels", ["visible", "full"])
+@pytest.mark.parametrize(
+    ("kind", "tokens"),
+    [("attention", "superset"), ("random", "superset"), ("attention", "all"), ("tube", "all")],
+)
+def test_an_epoch_sees_the_same_tokens_live_and_cached(teacher, kind, tokens, pixels):
+    mask = Mask(kind=kind, ratio=0.8)
+    redraw = Redraw(mask, teacher.grid, 7)
+    records = view_records(teacher, live_batch(), mask=mask, seed=4, tokens=tokens, pixels=pixels)
+    codec = Codec("8bit", means=records["middle"].mean((1, 2)))
+    targets = CachedTargets(codec, redraw)
+    live_targets = LiveTargets(teacher, mask, 4, tokens=tokens, redraw=redraw)
+    seen = []
+    for epoch in (0, 1):
+        batch = {**live_batch(), "epoch": epoch}
+        found, live = targets(cached(records, codec, batch)), live_targets(batch)
+        assert set(found) == set(live)
+        for name in ("clip_id", "tokens", "patches", "attention"):
+            assert torch.equal(found[name], live[name])
+        visible = 16 if kind == "tube" else 13
+        assert found["tokens"].shape == (3, visible) and found["epoch"] == epoch
+        assert found["middle"].shape == live["middle"].shape == (3, 3, 1 + visible, 176)
+        difference = (found["middle"] - live["middle"]).norm(dim=-1).max().item()
+        assert 0 < difference < 0.01, "the codes' error, and not other rows'"
+        assert_close(found["pooled"], live["pooled"], rtol=0, atol=2e-4)
+        seen.append(found["tokens"])
+    assert bool((seen[0] != seen[1]).any(dim=1).all()), "other tokens in every clip"
+
+
+def test_a_superset_record_has_the_rows_of_its_tokens(teacher):
+    batch = live_batch()
+    records = view_records(teacher, batch, mask=MASK, seed=4, tokens="superset")
+    features = teacher(batch["pixels"])
+    tokens, next_arrival = draw_kept(
+        MASK,
+        "superset",
+        clip_ids=batch["clip_id"],
+        view=batch["view"],
+        seed=4,
+        grid=(4, 4, 4),
+        attention=features.attention,
+    )
+    assert torch.equal(records["tokens"], tokens) and tokens.shape == (3, 26)
+    assert_close(records["next_arrival"], next_arrival)
+    fixed = view_records(teacher, batch, mask=MASK, seed=4)
+    assert "next_arrival" not in fixed
+    for clip in range(3):
+        rows = features.middle[:, clip, 1 + tokens[clip]]
+        assert_close(records["middle"][:, clip, 1:], rows, **TOLERANCE)
+        assert set(fixed["tokens"][clip].tolist()) < set(tokens[clip].tolist())
+
+
+def test_whole_frames_are_kept_as_they_came(teacher):
+    batch = live_batch()
+    whole = view_records(teacher, batch, mask=MASK, seed=4, pixels="full")
+    cut = view_records(teacher, batch, mask=MASK, seed=4)
+    assert "patches" not in whole and torch.equal(whole["pixels"], batch["pixels"])
+    codec = Codec("fp16")
+    found, expected = (
+        CachedTargets(codec)(cached(records, codec, batch)) for records in (whole, cut)
+    )
+    assert set(found) == set(expected)
+    for name in ("tokens", "patches", "middle"):
+        assert torch.equal(found[name], expected[name])
+
+
+def test_live_targets_take_no_more_rows_than_an_epoch_sees(teacher, monkeypatch):
+    shapes, original = [], F.normalize
+
+    def normalize(x, dim):
+        shapes.append(tuple(x.shape))
+        return original(x, dim=dim)
+
+    monkeypatch.setattr(F, "normalize", normalize)
+    redraw = Redraw(MASK, teacher.grid, 0)
+    LiveTargets(teacher, MASK, 4, tokens="all", redraw=redraw)(live_batch())
+    assert shapes == [(3, 14, 176)] * 3 + [(3, 48)]
+
+
+def test_records_and_redraws_that_do_not_go_together_are_refused(teacher):
+    redraw, batch, codec = Redraw(MASK, teacher.grid, 0), live_batch(), Codec("fp16")
+    with pytest.raises(ValueError, match="tokens 'all': masks are drawn anew only among more"):
+        LiveTargets(teacher, MASK, 4, tokens="all")
+    with pytest.raises(ValueError, match="tokens 'visible': masks are drawn anew only among more"):
+        LiveTargets(teacher, MASK, 4, redraw=redraw)
+    for tokens, wrong in (("visible", redraw), ("superset", None)):
+        records = view_records(teacher, batch, mask=MASK, seed=4, tokens=tokens)
+        with pytest.raises(ValueError, match="more than the visible tokens need a redraw"):
+            CachedTargets(codec, wrong)(cached(records, codec, batch))
