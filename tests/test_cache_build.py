@@ -18,6 +18,7 @@ from torch.testing import assert_close
 
 from distill.cache import build as cache_build
 from distill.cache import identity as cache_identity_module
+from distill.cache import live as cache_live
 from distill.cache.build import build_cache
 from distill.cache.calibrate import read_codec, with_codec
 from distill.cache.codes import Codec
@@ -193,8 +194,8 @@ def test_a_record_holds_what_the_teacher_saw(built):
 def test_a_second_build_does_nothing(built, monkeypatch):
     recipe, _ = built
     before = {path: path.stat() for path in cache_folder(recipe).iterdir()}
-    monkeypatch.setattr(cache_build, "build_teacher", None)
-    monkeypatch.setattr(cache_build, "ClipLoader", None)
+    monkeypatch.setattr(cache_live, "build_teacher", None)
+    monkeypatch.setattr(cache_live, "ClipLoader", None)
     report = build_cache(recipe, progress=None)
     assert (report.present, report.written, report.size_bytes) == (2 * CLIPS, 0, 0)
     after = {path: path.stat() for path in cache_folder(recipe).iterdir()}

@@ -9,7 +9,7 @@ from test_cache_build import cache_folder, make_recipe, no_progress, num_committ
 from torch.testing import assert_close
 
 from distill import draw
-from distill.cache import build as cache_build
+from distill.cache import live as cache_live
 from distill.cache.build import build_cache
 from distill.cache.calibrate import read_codec, sample_clips, with_codec, write_codec
 from distill.cache.codes import Codec
@@ -130,7 +130,7 @@ def test_means_are_there_before_the_first_record_and_are_not_measured_again(
         seen.append((path.exists(), num_committed(cache_folder(recipe))))
         return view_records(*arguments, **settings)
 
-    monkeypatch.setattr(cache_build, "view_records", view_records_noted)
+    monkeypatch.setattr(cache_live, "view_records", view_records_noted)
     build_cache(recipe, progress=no_progress)
     assert seen == [(False, 0)] * 3 + [(True, 0)] * 3, "three batches of at most two, twice"
     before = path.stat()

@@ -5,7 +5,6 @@ rest, in batches whose clips are the same whatever was done before and however m
 share the work. Workers decode ahead of the teacher, and a thread writes behind it.
 """
 
-import functools
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -14,31 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from distill import log
-from distill.cache.calibrate import (
-    measure_means,
-    read_codec,
-    sample_clips,
-    with_codec,
-    write_codec,
-)
+from distill.cache.calibrate import read_codec, sample_clips, with_codec
 from distill.cache.codes import Codec
-from distill.cache.identity import cache_identity, distill_section, teacher_hash
+from distill.cache.identity import cache_identity, distill_section
 from distill.cache.index import load_index
+from distill.cache.live import cached_teacher, calibrate, make_records, view_loader
 from distill.cache.read import QUARANTINE_FILE, quarantined_ids
 from distill.cache.record import record_fields
 from distill.cache.shards import remove_leftovers
 from distill.cache.writer import RecordWriter
 from distill.data.index import Clip, check_videos, read_list
-from distill.data.load import ClipLoader, Quarantine, Task, View, collate, load_task
+from distill.data.load import Quarantine, Task
 from distill.dist import WHOLE, Part
-from distill.engine import pick_device, to_device
-from distill.errors import StateError
-from distill.models import build_teacher
 from distill.recipe import Recipe
-from distill.targets import view_records
 from distill.teachers import Teacher
 
 MEGABYTE = 2**20
@@ -132,14 +121,14 @@ def build_cache(
     if own.any():
         # A wrong folder would fill the quarantine.
         check_videos([clips[i] for i in np.flatnonzero(wanted.any(axis=0))], recipe.data.train)
-        teacher = _teacher(recipe).to(pick_device())
+        teacher = cached_teacher(recipe)
         if codec is None:
             first = int(part_of[wanted.any(axis=0)][0])  # it has work, so it loads a teacher
             codec = _await_means(folder, identity, Part(first, part.count), own=part)
         if codec is None:
             sample = sample_clips(listed, seed=section.cache.seed)
             with progress(f"calibrate {folder}", total=len(sample), unit="clips") as bar:
-                codec = _calibrate(recipe, folder, identity, sample, teacher, bar.advance)
+                codec = calibrate(recipe, folder, identity, sample, teacher, advance=bar.advance)
         title = f"cache {folder}" + (f", {part}" if part.count > 1 else "")
         with progress(title, total=total, unit="views", done=total - int(own.sum())) as bar:
             identity = with_codec(identity, codec)
@@ -192,27 +181,6 @@ def _await_means(folder: Path, identity: dict, measurer: Part, *, own: Part) -> 
     return None
 
 
-def _calibrate(
-    recipe: Recipe,
-    folder: Path,
-    identity: dict,
-    clips: list[Clip],
-    teacher: Teacher,
-    advance: Callable[[int], None],
-) -> Codec:
-    """Measure the means of a new cache on the given clips, and keep them in its folder."""
-    # Clips that fail here go to no quarantine: they may lie beyond `limit`.
-    quarantine = Quarantine(None, total=len(clips), max_share=1.0)
-    means = measure_means(
-        clips,
-        loader=_loader(recipe, quarantine),
-        middle=lambda items: _records(recipe, teacher, items)["middle"],
-        batch_size=recipe.objective.cache.batch_size,
-        advance=advance,
-    )
-    return write_codec(folder, identity, means)
-
-
 def _write(
     recipe: Recipe,
     folder: Path,
@@ -228,7 +196,7 @@ def _write(
     waiting for videos.
     """
     cache = recipe.objective.cache
-    loader = _loader(recipe, _quarantine(recipe, folder, clips))
+    loader = view_loader(recipe, _quarantine(recipe, folder, clips))
     started = time.monotonic()
     with (
         RecordWriter(
@@ -241,7 +209,7 @@ def _write(
     ):
         for items in batches:
             if items:
-                writer.put(items, record_fields(_records(recipe, teacher, items), codec=codec))
+                writer.put(items, record_fields(make_records(recipe, teacher, items), codec=codec))
             elapsed = max(time.monotonic() - started, 1e-9)
             yield len(items), writer.record_bytes, min(loader.wait_seconds / elapsed, 1.0)
     yield 0, writer.committed_bytes, min(loader.wait_seconds / elapsed, 1.0)
@@ -256,31 +224,6 @@ def _quarantine(recipe: Recipe, folder: Path, clips: list[Clip]) -> Quarantine:
     )
 
 
-def _loader(recipe: Recipe, quarantine: Quarantine) -> ClipLoader:
-    data = recipe.data
-    return ClipLoader(
-        functools.partial(load_task, views=data.views, seed=recipe.objective.cache.seed),
-        workers=data.workers,
-        timeout_seconds=data.decode_timeout_seconds,
-        quarantine=quarantine,
-    )
-
-
-def _records(
-    recipe: Recipe, teacher: Teacher, items: list[tuple[Task, View]]
-) -> dict[str, torch.Tensor]:
-    section = recipe.objective
-    return view_records(
-        teacher,
-        to_device(collate(items), pick_device()),
-        mask=section.mask,
-        seed=section.cache.seed,
-        precision=section.teacher.precision,
-        tokens=section.cache.tokens,
-        pixels=section.cache.pixels,
-    )
-
-
 def _batches(clips: list[Clip], wanted: np.ndarray, *, size: int) -> Iterator[list[Task]]:
     """Tasks view by view, cut at fixed places of the list, without what is there already.
 
@@ -292,19 +235,3 @@ def _batches(clips: list[Clip], wanted: np.ndarray, *, size: int) -> Iterator[li
             places = np.flatnonzero(row[start : start + size]) + start
             if len(places):
                 yield [Task(clips[place], view=view) for place in places]
-
-
-def _teacher(recipe: Recipe) -> Teacher:
-    """The recipe's teacher; StateError when its weights are not those the cache is to hold."""
-    section = recipe.objective
-    if section.cache.teacher_hash is not None:
-        expected = section.cache.teacher_hash.lower()
-        own = section.cache.model_copy(update={"teacher_hash": None})
-        objective = section.model_copy(update={"cache": own})
-        found = teacher_hash(recipe.model_copy(update={"objective": objective}))
-        if found != expected:
-            raise StateError(
-                f"objective.cache.teacher_hash is {expected}, but the teacher's is {found}; drop "
-                "the hash from the recipe, or give the teacher it belongs to"
-            )
-    return build_teacher(recipe)

@@ -1,0 +1,87 @@
+"""A recipe's teacher looking at views: for building a cache, filling its gaps and checking it."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+
+from distill.cache.calibrate import measure_means, write_codec
+from distill.cache.codes import Codec
+from distill.cache.identity import teacher_hash
+from distill.cache.store import Folder
+from distill.data.index import Clip
+from distill.data.load import ClipLoader, Quarantine, Task, View, collate, load_task
+from distill.engine import pick_device, to_device
+from distill.errors import StateError
+from distill.models import build_teacher
+from distill.recipe import Recipe
+from distill.targets import view_records
+from distill.teachers import Teacher
+
+
+def cached_teacher(recipe: Recipe) -> Teacher:
+    """The recipe's teacher on the device that runs it.
+
+    Raises StateError when its weights are not those that the cache is to hold.
+    """
+    section = recipe.objective
+    if section.cache.teacher_hash is not None:
+        expected = section.cache.teacher_hash.lower()
+        own = section.cache.model_copy(update={"teacher_hash": None})
+        objective = section.model_copy(update={"cache": own})
+        found = teacher_hash(recipe.model_copy(update={"objective": objective}))
+        if found != expected:
+            raise StateError(
+                f"objective.cache.teacher_hash is {expected}, but the teacher's is {found}; drop "
+                "the hash from the recipe, or give the teacher it belongs to"
+            )
+    return build_teacher(recipe).to(pick_device())
+
+
+def view_loader(recipe: Recipe, quarantine: Quarantine) -> ClipLoader:
+    """Decodes the views that the recipe's cache holds."""
+    data = recipe.data
+    return ClipLoader(
+        functools.partial(load_task, views=data.views, seed=recipe.objective.cache.seed),
+        workers=data.workers,
+        timeout_seconds=data.decode_timeout_seconds,
+        quarantine=quarantine,
+    )
+
+
+def make_records(
+    recipe: Recipe, teacher: Teacher, items: Sequence[tuple[Task, View]]
+) -> dict[str, torch.Tensor]:
+    """`view_records` of loaded views with the recipe's settings, on the device."""
+    section = recipe.objective
+    return view_records(
+        teacher,
+        to_device(collate(items), pick_device()),
+        mask=section.mask,
+        seed=section.cache.seed,
+        precision=section.teacher.precision,
+        tokens=section.cache.tokens,
+        pixels=section.cache.pixels,
+    )
+
+
+def calibrate(
+    recipe: Recipe,
+    folder: Folder,
+    identity: dict,
+    clips: Sequence[Clip],
+    teacher: Teacher,
+    *,
+    advance: Callable[[int], None],
+) -> Codec:
+    """Measure the means of a new cache on the given clips, and keep them in its folder."""
+    # Clips that fail here go to no quarantine: they may lie beyond what is to be cached.
+    quarantine = Quarantine(None, total=len(clips), max_share=1.0)
+    means = measure_means(
+        clips,
+        loader=view_loader(recipe, quarantine),
+        middle=lambda items: make_records(recipe, teacher, items)["middle"],
+        batch_size=recipe.objective.cache.batch_size,
+        advance=advance,
+    )
+    return write_codec(folder, identity, means)
