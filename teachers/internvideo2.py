@@ -1,17 +1,32 @@
 """InternVideo2's vision encoder as a frozen teacher: the students' transformer on all tokens."""
 
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distill.students.vit import Activation, Positions, VideoViT, ViTSize, resolve_size
 from distill.students.warmstart import LoadReport, WeightsError, load_weights
 
 TEACHERS = {"internvideo2_1B": "1B", "internvideo2_6B": "6B"}
+ATTENTION = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+TIMED_CALLS = 5  # of each, after one that is not counted
+
+logger = logging.getLogger(__name__)
 
 
 class TeacherFeatures(NamedTuple):
@@ -62,6 +77,7 @@ class Teacher(VideoViT):
         )
         self.return_layers = return_layers(size.depth, num_layers, interval)
         self.load_report: LoadReport | None = None
+        self.attention_order: list[SDPBackend] = []  # PyTorch's own choice where there is none
         self.init_weights()
         self.requires_grad_(False)
         self.eval()
@@ -77,17 +93,73 @@ class Teacher(VideoViT):
         them first. The tensors are inference tensors: gather, copy or normalise them (outside
         `inference_mode`) before autograd sees them.
         """
-        with torch.inference_mode():
+        order = self.attention_order
+        chosen = sdpa_kernel(order, set_priority=True) if order else nullcontext()
+        with torch.inference_mode(), chosen:
             patches, _ = self.select_patches(clip, None)
             h, states = self.encode(patches, collect=self.return_layers)
             pooled, attention = self.clip_projector(h)
         return states, pooled, attention[:, 1:]
+
+    def tune(self, dtype: torch.dtype, *, batch_size: int) -> None:
+        """Prepare for many batches under autocast to `dtype`: the same values, sooner.
+
+        Blocks keep their linear weights in `dtype`, which autocast would otherwise make anew
+        from frozen weights in every forward. On a GPU, PyTorch's attention backends are timed
+        once at the teacher's shape and the fastest is taken; their results differ by rounding.
+        """
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                module.to(dtype)
+        if self.cls_token.device.type == "cuda":
+            heads = self.size.heads
+            shape = (batch_size, heads, 1 + self.num_patches, self.size.width // heads)
+            times = time_attention(shape, dtype=dtype, device=self.cls_token.device)
+            self.attention_order = [ATTENTION[name] for name in times]
+            text = ", ".join(f"{name} {1000 * seconds:.2f} ms" for name, seconds in times.items())
+            logger.info("teacher attention %s: %s", list(shape), text)
 
     def forward(self, clip: Tensor) -> TeacherFeatures:
         """Features of a clip [B,3,T,H,W]; float32, and free to enter a loss."""
         states, pooled, attention = self.hidden(clip)
         middle = torch.stack([F.normalize(state.float(), dim=-1) for state in states])
         return TeacherFeatures(middle, F.normalize(pooled.float(), dim=-1), attention.clone())
+
+
+def time_attention(
+    shape: tuple[int, int, int, int], *, dtype: torch.dtype, device: torch.device
+) -> dict[str, float]:
+    """Median seconds of each of ATTENTION on [B,heads,tokens,width], fastest first.
+
+    Backends that cannot do it there are left out.
+    """
+    q, k, v = torch.randn(3, *shape, device=device, dtype=dtype)
+    times = {}
+    for name, backend in ATTENTION.items():
+        try:
+            with torch.inference_mode(), sdpa_kernel(backend), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # they say why a backend cannot
+                times[name] = _median_seconds(lambda: F.scaled_dot_product_attention(q, k, v))
+        except RuntimeError:  # no such kernel, or no memory for all the scores
+            continue
+    return dict(sorted(times.items(), key=lambda item: item[1]))
+
+
+def _median_seconds(call: Callable[[], Tensor]) -> float:
+    call()
+    seconds = []
+    for _ in range(TIMED_CALLS):
+        _synchronize()
+        start = time.perf_counter()
+        call()
+        _synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def create_teacher(

@@ -4,7 +4,7 @@ from fill import TOLERANCE, clip, fill, golden, golden_keys, keys_of
 
 from distill.students import SIZES, ViTSize, create_classifier
 from distill.students.warmstart import WeightsError
-from distill.teachers import create_teacher, return_layers
+from distill.teachers import create_teacher, internvideo2, return_layers
 
 TINY = ViTSize(176, 5, 2, 48 / 11, 48)
 SETTINGS = {"frames": 4, "image_size": 56, "num_layers": 3, "interval": 1.34, "activation": "gelu"}
@@ -176,3 +176,47 @@ def test_unknown_names_are_refused_with_the_choices():
         create_teacher("internvideo2_2B", random=True)
     with pytest.raises(ValueError, match="unknown model size '2B'; choose one of S14"):
         create_teacher("2B", random=True)
+
+
+def test_linear_weights_that_are_cast_once_give_the_same_bits():
+    teacher = make_teacher()
+    video = clip(2, teacher.frames, teacher.image_size)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        states, pooled, attention = teacher.hidden(video)
+        teacher.tune(torch.bfloat16, batch_size=2)
+        again = teacher.hidden(video)
+    assert teacher.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+    assert teacher.blocks[0].norm1.weight.dtype == torch.float32
+    assert all(torch.equal(one, other) for one, other in zip(states, again[0], strict=True))
+    assert torch.equal(pooled, again[1]) and torch.equal(attention, again[2])
+
+
+def test_timed_attention_names_backends_that_work_fastest_first(monkeypatch):
+    """On a CPU there are two; a teacher that is told to use one gives the reference's features."""
+    seconds = iter([3.0, 2.0])
+
+    def measured(call):
+        call()
+        return next(seconds)
+
+    monkeypatch.setattr(internvideo2, "_median_seconds", measured)
+    device = torch.device("cpu")
+    times = internvideo2.time_attention((1, 2, 65, 88), dtype=torch.float32, device=device)
+    assert list(times.items()) == [("math", 2.0), ("flash", 3.0)]
+
+
+@pytest.mark.parametrize("name", ["math", "flash"])
+def test_features_are_the_references_with_every_attention(name):
+    teacher = fill(make_teacher())
+    stock = teacher(clip(2, teacher.frames, teacher.image_size))
+    teacher.attention_order = [internvideo2.ATTENTION[name], internvideo2.ATTENTION["math"]]
+    chosen = teacher(clip(2, teacher.frames, teacher.image_size))
+    torch.testing.assert_close(chosen.middle, stock.middle, **TOLERANCE)
+    torch.testing.assert_close(chosen.attention, stock.attention, **TOLERANCE)
+
+
+def test_the_chosen_attention_is_the_one_that_runs():
+    teacher = make_teacher()
+    teacher.attention_order = [internvideo2.ATTENTION["cudnn"]]  # which a CPU does not have
+    with pytest.raises(RuntimeError, match="No viable backend for scaled_dot_product_attention"):
+        teacher(clip(1, teacher.frames, teacher.image_size))
