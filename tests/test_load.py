@@ -1,6 +1,7 @@
 """Views of clips, and a loader that hung and crashed workers cannot stop."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -19,6 +20,7 @@ from faults import task
 from PIL import Image
 
 from distill import draw
+from distill.cache.record import view_info
 from distill.data import augment
 from distill.data.decode import open_video
 from distill.data.index import Clip, clip_id, read_list
@@ -29,6 +31,7 @@ from distill.data.load import (
     collate,
     load_eval_view,
     load_view,
+    replay_view,
 )
 from distill.errors import InputError, StateError
 from distill.recipe import ClipList, Data, SegmentSampling, Views
@@ -399,6 +402,36 @@ def test_a_view_holds_what_rebuilds_it(folder):
     rebuilt = augment.apply(frames.pixels, augment.Crop(*view.crop, size=28), flip=view.flip)
     assert np.array_equal(rebuilt, view.pixels)
     assert view.decoder.startswith("decord ")
+
+
+def test_a_view_is_replayed_from_what_its_record_says(folder):
+    clip = clips_of(folder)[3]
+    for crop in ("multiscale", "resized", "center"):
+        views = SMALL.model_copy(update={"crop": crop})
+        view = load_view(clip, 2, views=views, seed=1)
+        again = replay_view(clip, view_info(clip, view), image_size=28)
+        assert np.array_equal(again.pixels, view.pixels)
+        assert (view.resize is None) == (crop != "center")
+        fields = ("crop", "resize", "flip", "decoder", "number", "seed")
+        assert [getattr(again, name) for name in fields] == [getattr(view, name) for name in fields]
+        assert np.array_equal(again.pts_seconds, view.pts_seconds)
+
+
+def test_a_view_of_another_video_is_not_replayed(folder, tmp_path):
+    clip = clips_of(folder)[3]
+    info = view_info(clip, load_view(clip, 2, views=SMALL, seed=1))
+    with pytest.raises(InputError) as raised:
+        replay_view(clip, {**info, "frames": [0, 1, 2, 33]}, image_size=28)
+    assert str(raised.value) == (
+        f"{folder}/3.mp4: 33 frames, but its record has frame 33; it is not the video that was "
+        "cached"
+    )
+    slower = dataclasses.replace(
+        clip, path=str(videos.write(tmp_path / "3.mp4", num_frames=33, fps=24))
+    )
+    for kept in (info, {**info, "pts_seconds": None}):
+        with pytest.raises(InputError, match=f"{slower.path}: its frames are shown at other times"):
+            replay_view(slower, kept, image_size=28)
 
 
 def test_views_depend_on_clip_view_and_seed_and_on_nothing_else(folder):
