@@ -52,6 +52,56 @@ def check_run(tree: Any, origins: Origins, place: str, *, mistakes: list[str]) -
         return Run()
 
 
+def check_students(
+    students: dict[str, Recipe], origins: dict[str, Origins], place: str
+) -> list[str]:
+    """A line for each setting that keeps students from learning from one stream of records."""
+    lines = []
+    first = next((name for name, one in students.items() if isinstance(one.objective, Distill)), "")
+    largest = max(students, key=lambda name: students[name].optim.batch_size)
+    largest_batch = students[largest].optim.batch_size
+    shared = _shared_settings(students[first]) if first else {}
+    for name, recipe in students.items():
+        found: list[tuple[Keys, str]] = []
+        if not isinstance(recipe.objective, Distill):
+            found.append((("objective", "kind"), f"must be 'distill', as {name} is a student"))
+        elif recipe.objective.targets != "cached":
+            found.append((("objective", "targets"), "must be 'cached' for students of one recipe"))
+        else:
+            found += [
+                (keys, f"is {json.dumps(mine)} for {name}, but {json.dumps(theirs)} for {first}")
+                for keys, mine, theirs in _differing(_shared_settings(recipe), shared)
+            ]
+        if largest_batch % recipe.optim.batch_size:
+            message = f"{recipe.optim.batch_size} of {name} must divide the {largest_batch} of "
+            found.append((("optim", "batch_size"), message + largest))
+        lines += [
+            f"{_origin(keys, origins[name], f'{place}students.{name}.')}: {message}"
+            for keys, message in found
+        ]
+    return lines
+
+
+def _shared_settings(recipe: Recipe) -> dict[str, Any]:
+    """What all students of a recipe have to agree on: their order, records and targets."""
+    return recipe.model_dump(
+        mode="json",
+        include={
+            "run": {"seed"},
+            "data": {"train", "views"},
+            "objective": {"mask", "teacher", "cache"},
+        },
+    )
+
+
+def _differing(one: Any, other: Any, above: Keys = ()) -> Iterator[tuple[Keys, Any, Any]]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in {**one, **other}:
+            yield from _differing(one.get(key), other.get(key), (*above, key))
+    elif one != other:
+        yield above, one, other
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """`, did you mean 'lr'?` where one of the names comes close, and nothing otherwise."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
@@ -242,7 +292,11 @@ def _weights(recipe: Recipe) -> Iterator[tuple[Keys, Weights]]:
 
 
 def missing_inputs(
-    recipe: Recipe, verb: Literal["train", "cache-teacher", "evaluate"], *, stage: str | None = None
+    recipe: Recipe,
+    verb: Literal["train", "cache-teacher", "evaluate"],
+    *,
+    stage: str | None = None,
+    student: str | None = None,
 ) -> list[str]:
     """Every file that `verb` would read and that is not there, with the override that sets it.
 
@@ -270,7 +324,8 @@ def missing_inputs(
             is_needed = verb == "train"
         path = weights.checkpoint
         if is_needed and not path.startswith(STAGE) and not Path(path).exists():
-            key = f"{prefix}{'.'.join(keys)}.checkpoint"
+            own = f"students.{student}." if student and keys[0] == "model" else prefix
+            key = f"{own}{'.'.join(keys)}.checkpoint"
             lines.append(_missing(key, f"{path}: no such file", weights.source))
     return lines
 

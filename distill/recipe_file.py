@@ -1,4 +1,4 @@
-"""From a recipe file and overrides to a checked `Recipe` or `Study`.
+"""From a recipe file and overrides to a checked `Recipe`, `Study` or `Students`.
 
 Strict: every key must be known, every mistake is reported at once, and each message names the
 file and the dotted path (or the override) that is to be put right.
@@ -12,17 +12,27 @@ import re
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from distill.errors import InputError
-from distill.recipe import Recipe, Study
-from distill.recipe_check import Keys, Origins, check_recipe, check_run, nearest
+from distill.recipe import Recipe, Students, Study
+from distill.recipe_check import (
+    Keys,
+    Origins,
+    check_recipe,
+    check_run,
+    check_students,
+    nearest,
+)
+from distill.recipe_yaml import parse_yaml
 
 Change = tuple[Keys, Any, str]  # an override: keys, value and the text it was given as
+Draft = tuple[dict[str, Any], Origins]  # a recipe before its overrides
 
 PATH_KEYS = ("checkpoint", "folder", "list", "prefix")
+PLAIN_NAME = re.compile(r"[\w-]+")
 # Settings that may differ between a run and its resume: they say where and how often, not what.
 HARMLESS = re.compile(
     r"name|run\.(folder|save_minutes|keep_checkpoints|log_steps)|data\.(workers|"
@@ -31,19 +41,32 @@ HARMLESS = re.compile(
 )
 
 
-def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe | Study:
+def load_recipe(
+    path_or_name: str | Path, overrides: Sequence[str] = ()
+) -> Recipe | Study | Students:
     """Read a recipe: its bases merged under it, `section.key=value` overrides on top.
 
     `./x` and `../x` in a file are relative to that file, other paths and those of overrides to
-    the working directory. In a study, an override that names no stage holds for all of them.
+    the working directory. With stages or students, an override that names none of them holds for
+    all. A student is a recipe beside the file or, as on the command line, a shipped one.
     Raises InputError with a line for each mistake.
     """
     path = find_recipe(path_or_name)
     tree, origins = _read(path)
     changes = [_parse_override(text) for text in overrides]
     mistakes: list[str] = []
-    if "stages" in tree:
-        recipe = _build_study(path, tree, origins, changes, mistakes)
+    several = next((key for key in ("stages", "students") if key in tree), None)
+    if several:
+        for change in [change for change in changes if change[0] == ("students",)]:
+            _set(tree, origins, *change)
+            changes.remove(change)
+        if several == "stages":
+            drafts = _stage_drafts(tree, origins, _label(path), mistakes)
+        else:
+            drafts = _student_drafts(tree, origins, path, mistakes)
+        recipe = _build_several(
+            several, path, tree, origins, drafts, changes=changes, mistakes=mistakes
+        )
     else:
         for keys, value, text in changes:
             _set(tree, origins, keys, value, text)
@@ -117,6 +140,11 @@ def recipe_schema() -> dict[str, Any]:
         "additionalProperties": {"$ref": "#/$defs/Stage"},
         "description": Study.__doc__,
     }
+    whole["properties"]["students"] = {
+        "type": "array",
+        "items": {"type": "string"},
+        "description": Students.__doc__,
+    }
     whole.pop("$defs", None)
     whole = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -140,56 +168,12 @@ def _optional(schema: Any) -> Any:
     }
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, keys are names and none is given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for place, ((key, _), name) in enumerate(zip(node.value, names, strict=True)):
-            if not isinstance(name, str):
-                problem = f"{key.value!r} is read as {name!r}, but a key must be a name"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            if name in names[:place]:
-                problem = f"{name!r} is given twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-        return super().construct_mapping(node, deep=deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def _parse(text: str, label: str) -> Any:
-    loader = _Loader(text)
-    try:
-        return _whole(loader.get_single_data())
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise InputError(f"{label}{line}: not valid YAML: {problem}") from error
-    finally:
-        loader.dispose()
-
-
-def _whole(value: Any) -> Any:
-    """1.1e6 may stand where a whole number is wanted."""
-    if isinstance(value, dict):
-        return {key: _whole(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_whole(part) for part in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
 def _read(path: Path, *, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Origins]:
     label = _label(path)
     if path.resolve() in above:
         raise InputError(f"{label}: base: is its own base, by way of {_label(above[-1])}")
     try:
-        tree = _parse(path.read_text(encoding="utf-8"), label)
+        tree = parse_yaml(path.read_text(encoding="utf-8"), label)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{label}: cannot be read as a text file: {error}") from error
     if not isinstance(tree, dict):
@@ -258,7 +242,7 @@ def _parse_override(text: str) -> Change:
     keys = tuple(dotted.strip().split("."))
     if not equals or not all(keys):
         raise InputError(f"{text}: expected section.key=value, such as optim.lr=1e-4")
-    value = _anchored(_parse(value, text), Path())
+    value = _anchored(parse_yaml(value, text), Path())
     return keys, _anchor(value, Path()) if keys[-1] in PATH_KEYS else value, text
 
 
@@ -278,54 +262,106 @@ def _set(tree: dict[str, Any], origins: Origins, keys: Keys, value: Any, text: s
         origins[below] = f"{text}: {'.'.join(below)}"
 
 
-def _build_study(
-    path: Path,
-    tree: dict[str, Any],
-    origins: Origins,
-    changes: Sequence[Change],
-    mistakes: list[str],
-) -> Study | None:
-    label = _label(path)
+def _stage_drafts(
+    tree: dict[str, Any], origins: Origins, label: str, mistakes: list[str]
+) -> dict[str, Draft]:
+    """Of each stage of a study, the shared sections with its own merged over them."""
     stages = tree.pop("stages")
     if not isinstance(stages, dict) or not stages:
         raise InputError(f"{label}: stages: expected at least one stage by name")
-    shared = [change for change in changes if change[0][0] != "stages"]
-    single = [change for change in changes if change[0][0] == "stages"]
-    for keys, _, text in single:
-        if len(keys) < 3 or keys[1] not in stages:
-            known = ", ".join(stages)
-            mistakes.append(f"{text}: expected stages.NAME.section.key=value, NAME of {known}")
-    for change in shared:
-        _set(tree, origins, *change)
-    name = tree.pop("name", None) or path.stem
-    run = check_run(tree.get("run", {}), origins, f"{label}: ", mistakes=mistakes)
-    folder = run.folder.replace("{name}", name)
-    built: dict[str, Recipe | None] = {}
+    drafts = {}
     for stage, own in stages.items():
         own = {} if own is None else own
         where = f"{label}: stages.{stage}"
-        if not isinstance(own, dict) or not re.fullmatch(r"[\w-]+", stage):
+        if not isinstance(own, dict) or not PLAIN_NAME.fullmatch(stage):
             mistakes.append(f"{where}: expected a plain name and sections below it")
             continue
         if "name" in own or "folder" in (own.get("run") or {}):
             mistakes.append(f"{where}: has no name or folder but those the study gives it")
-        draft = {**_merged(tree, own), "name": f"{name}/{stage}"}
-        draft_origins = dict(origins)
-        for keys, origin in origins.items():
-            if keys[:2] == ("stages", stage):
-                draft_origins[keys[2:]] = origin
-        for change in shared:
+        of_stage = {
+            keys[2:]: origin
+            for keys, origin in origins.items()
+            if keys[:2] == ("stages", stage) and len(keys) > 2
+        }
+        drafts[stage] = _merged(tree, own), {**origins, **of_stage}
+    return drafts
+
+
+def _student_drafts(
+    tree: dict[str, Any], origins: Origins, path: Path, mistakes: list[str]
+) -> dict[str, Draft]:
+    """Of each student, the recipe it names with the sections of this file merged over it."""
+    entries = tree.pop("students")
+    where = origins[("students",)]
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f"{where}: expected a list of recipes, such as [S14, B14]")
+    drafts: dict[str, Draft] = {}
+    for entry in map(str, entries):
+        beside = [path.parent / entry, path.parent / f"{entry}.yaml"]
+        try:
+            file = next(filter(Path.is_file, beside), None) or find_recipe(entry)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        name = file.stem
+        under, under_origins = _read(file)
+        under.pop("name", None)
+        if {"stages", "students"} & under.keys():
+            mistakes.append(f"{where}: {entry} is several recipes, expected one of one student")
+        elif name in drafts or not PLAIN_NAME.fullmatch(name):
+            mistakes.append(f"{where}: {entry}: expected a plain name, and each only once")
+        else:
+            drafts[name] = _merged(under, tree), under_origins | origins
+    return drafts
+
+
+def _build_several(
+    key: Literal["stages", "students"],
+    path: Path,
+    tree: dict[str, Any],
+    origins: Origins,
+    drafts: dict[str, Draft],
+    *,
+    changes: Sequence[Change],
+    mistakes: list[str],
+) -> Study | Students | None:
+    """The overrides applied to what the recipes share and to each; all of them checked."""
+    place = f"{_label(path)}: "
+    shared = [change for change in changes if change[0][0] != key]
+    single: dict[str, list[Change]] = {name: [] for name in drafts}
+    for keys, value, text in changes:
+        if keys[0] != key:
+            continue
+        if len(keys) < 3 or keys[1] not in drafts:
+            known = ", ".join(drafts)
+            mistakes.append(f"{text}: expected {key}.NAME.section.key=value, NAME of {known}")
+        elif keys[2:] in (("name",), ("run", "folder")):
+            mistakes.append(f"{text}: follows from the name and run.folder of the whole recipe")
+        else:
+            single[keys[1]].append((keys[2:], value, text))
+    for change in shared:
+        _set(tree, origins, *change)
+    name = tree.get("name") or path.stem
+    run = check_run(tree.get("run", {}), origins, place, mistakes=mistakes)
+    folder = run.folder.replace("{name}", name)
+    built: dict[str, Recipe | None] = {}
+    for part, (draft, draft_origins) in drafts.items():
+        for change in (*shared, *single[part]):
             _set(draft, draft_origins, *change)
-        for keys, value, text in single:
-            if keys[1] == stage:
-                _set(draft, draft_origins, keys[2:], value, text)
-        built[stage] = check_recipe(
-            draft, draft_origins, f"{label}: stages.{stage}.", mistakes=mistakes, earlier=built
+        built[part] = check_recipe(
+            {**draft, "name": f"{name}/{part}"},
+            draft_origins,
+            f"{place}{key}.{part}.",
+            mistakes=mistakes,
+            earlier=built if key == "stages" else None,
         )
+    if key == "students" and not mistakes:
+        part_origins = {part: draft_origins for part, (_, draft_origins) in drafts.items()}
+        mistakes += check_students(built, part_origins, place)
     if mistakes:
         return None
-    stages = {stage: _in_folder(recipe, f"{folder}/{stage}") for stage, recipe in built.items()}
-    return Study(name=name, run=run.model_copy(update={"folder": folder}), stages=stages)
+    parts = {part: _in_folder(recipe, f"{folder}/{part}") for part, recipe in built.items()}
+    run = run.model_copy(update={"folder": folder})
+    return (Study if key == "stages" else Students)(name=name, run=run, **{key: parts})
 
 
 def _in_folder(recipe: Recipe, folder: str) -> Recipe:
