@@ -261,7 +261,7 @@ def _distill_errors(
     if cache and cache.tokens == "superset" and section.mask.kind == "tube":
         yield (
             ("objective", "cache", "tokens"),
-            "is superset, which a tube mask has not; set visible (each view keeps its mask) or all",
+            "a tube mask has no superset; set visible (the mask of a view stays) or all",
         )
     if teacher.random and teacher.weights:
         yield ("objective", "teacher", "random"), "contradicts objective.teacher.weights"

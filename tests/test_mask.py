@@ -1,12 +1,15 @@
 import itertools
+import re
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from distill import draw
+from distill.errors import InputError
 from distill.mask import Redraw, draw_kept, draw_tokens, num_kept, num_visible
 from distill.recipe import Mask
+from distill.recipe_file import load_recipe
 
 GRID = (8, 16, 16)
 PINNED = {
@@ -294,6 +297,19 @@ def test_how_many_tokens_are_kept(kind, ratio, tokens, expected):
 def test_a_superset_of_tubes_is_refused():
     with pytest.raises(ValueError, match="a tube mask has no superset: keep its visible tokens"):
         num_kept(GRID, Mask(kind="tube"), "superset")
+
+
+def test_a_recipe_with_a_superset_of_tubes_is_refused():
+    tube, superset = "objective.mask.kind=tube", "objective.cache.tokens=superset"
+    message = (
+        "objective.cache.tokens=superset: a tube mask has no superset; set visible (the mask of a "
+        "view stays) or all"
+    )
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        load_recipe("S14", [tube, superset])
+    for tokens in ("visible", "all"):
+        load_recipe("S14", [tube, f"objective.cache.tokens={tokens}"])
+    load_recipe("S14", [superset])
 
 
 def test_tubes_are_drawn_anew_from_all_tokens():
