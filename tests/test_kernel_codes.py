@@ -1,0 +1,158 @@
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gpu_build import CAPABILITIES, SHARED_LIMIT, build
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from distill.kernels import codes as module
+from distill.kernels.codes import BITS_OF, BLOCK_GROUPS, BLOCK_ROWS, decode_codes
+
+LEVELS = {bits: count for count, bits in BITS_OF.items()}
+WIDTHS = (1, 7, 64, 257)  # one group; a part of one; whole ones; more than a block has
+DTYPES = ("float32", "float16")  # bfloat16 is wrong in Triton's interpreter
+CASES = [(bits, width, dtype) for bits in LEVELS for width in WIDTHS for dtype in DTYPES]
+
+
+def inputs(bits, width, *, batch=2, layers=2, rows=5):
+    """Any bytes at all, those behind a row's last code included."""
+    stream = torch.Generator().manual_seed(1000 * bits + width)
+    shape = (batch, layers, rows)
+    size = -(-width * bits // 8)
+    codes = torch.randint(0, 256, (*shape, size), dtype=torch.uint8, generator=stream)
+    scales = torch.randn(shape, generator=stream).half()
+    levels = torch.randn(LEVELS[bits], generator=stream).sort().values
+    return codes, scales, levels
+
+
+def formula(codes, scales, levels, *, width):
+    """In float64, where the product of a half and a float32 number is exact, bit by bit."""
+    bits = BITS_OF[len(levels)]
+    string = np.unpackbits(codes.numpy(), axis=-1, bitorder="little")[..., : width * bits]
+    digits = string.reshape(*codes.shape[:-1], width, bits).astype(np.int64)
+    values = (digits << np.arange(bits)).sum(-1)
+    return torch.from_numpy(levels.double().numpy()[values] * scales.double().numpy()[..., None])
+
+
+def rounded(exact, dtype):
+    """As the kernel's docstring says: to float32, and from there to the rows' dtype."""
+    return exact.float().to(dtype)
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory):
+    """Rows of every case from the kernel in Triton's interpreter."""
+    folder = tmp_path_factory.mktemp("interpreter")
+    tensors, cases = {}, {}
+    for bits, width, dtype in CASES:
+        name = f"{bits}-{width}-{dtype}"
+        parts = zip(("codes", "scales", "levels"), inputs(bits, width), strict=True)
+        tensors |= {f"{name}.{part}": tensor for part, tensor in parts}
+        cases[name] = (width, dtype)
+    tensors["none.codes"] = torch.empty(2, 0, 5, 4, dtype=torch.uint8)
+    tensors["none.scales"] = torch.empty(2, 0, 5, dtype=torch.float16)
+    tensors["none.levels"] = torch.zeros(16)
+    cases["none"] = (8, "float32")
+    save_file(tensors, folder / "in", metadata={"cases": json.dumps(cases)})
+    script = Path(__file__).parent / "interpret.py"
+    subprocess.run([sys.executable, script, folder / "in", folder / "out"], check=True)
+    return load_file(folder / "out")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("width", [*WIDTHS, 1408])
+@pytest.mark.parametrize("bits", LEVELS)
+def test_the_reference_is_the_formula(bits, width, dtype):
+    codes, scales, levels = inputs(bits, width)
+    found = decode_codes(codes, scales, levels, width=width, dtype=getattr(torch, dtype))
+    expected = rounded(formula(codes, scales, levels, width=width), getattr(torch, dtype))
+    assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("bits", "width", "dtype"), CASES)
+def test_the_kernel_is_the_formula_and_writes_every_element(interpreted, bits, width, dtype):
+    found = interpreted[f"{bits}-{width}-{dtype}"]
+    expected = rounded(formula(*inputs(bits, width), width=width), getattr(torch, dtype))
+    assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_no_rows_are_no_launch(interpreted):
+    assert interpreted["none"].shape == (2, 0, 5, 8)
+
+
+def test_leading_axes_and_strides_do_not_matter():
+    codes, scales, levels = inputs(3, 20, batch=4)
+    whole = decode_codes(codes, scales, levels, width=20)
+    every_other = decode_codes(codes[::2], scales[::2], levels, width=20)
+    assert_close(every_other, whole[::2], rtol=0, atol=0)
+    assert_close(decode_codes(codes[1], scales[1], levels, width=20), whole[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("bits", LEVELS)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_kernel_compiles_for_gpus(capability, bits, dtype, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    made = build(
+        module._decode_codes_fwd_kernel,
+        capability,
+        types={
+            "codes": "*u8",
+            "scales": "*fp16",
+            "levels": "*fp32",
+            "rows": f"*{dtype}",
+            "num_rows": "i32",
+            "width": "i32",
+            "row_bytes": "i32",
+        },
+        constants={"BITS": bits, "BLOCK_ROWS": BLOCK_ROWS, "BLOCK_GROUPS": BLOCK_GROUPS},
+        warps=module.NUM_WARPS,
+        multiples_of_16=("width", "row_bytes"),  # as 1408 and its bytes are
+    )
+    assert (made.stack_bytes, made.local_bytes) == (0, 0), "registers are spilled"
+    assert made.registers <= 64, "of 65,536: at least 8 blocks run at once"
+    assert made.shared_bytes <= SHARED_LIMIT[capability] // 8
+    assert "st.global.v4.b32" in made.ptx, "rows are written 16 bytes at a time"
+
+
+def test_without_triton_the_reference_is_there(monkeypatch):
+    def load(name, path):
+        spec = importlib.util.spec_from_file_location(name, path)
+        fresh = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, fresh)
+        spec.loader.exec_module(fresh)
+        return fresh
+
+    monkeypatch.setitem(sys.modules, "triton", None)
+    folder = Path(module.__file__).parent
+    assert load("distill.kernels.jit", folder / "jit.py").triton is None
+    without = load("distill.kernels.codes", folder / "codes.py")
+    codes, scales, levels = inputs(4, 20)
+    expected = decode_codes(codes, scales, levels, width=20)
+    assert_close(without.decode_codes(codes, scales, levels, width=20), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"levels": torch.zeros(5)}, "expected float32 levels, 256, 16, 8, 4 of them, got 5 in"),
+        ({"levels": torch.zeros(16).double()}, "got 16 in torch.float64"),
+        (
+            {"codes": torch.zeros(2, 2, 5, 11, dtype=torch.uint8)},
+            r"codes uint8 \[\.\.\.,K,M,10\] for 4 bits and width 20, got torch.uint8 \[2, 2, 5, 11",
+        ),
+        ({"codes": torch.zeros(2, 2, 5, 10)}, "got torch.float32"),
+        ({"scales": torch.zeros(2, 5).half()}, r"scales float16 \[2, 2, 5\] as the codes, got"),
+        ({"scales": torch.zeros(2, 2, 5)}, "got torch.float32"),
+    ],
+)
+def test_wrong_arguments_are_refused(change, message):
+    arguments = dict(zip(("codes", "scales", "levels"), inputs(4, 20), strict=True))
+    with pytest.raises(ValueError, match=message):
+        decode_codes(**{**arguments, **change}, width=20)
