@@ -16,7 +16,7 @@ from rich.table import Table
 from distill.errors import InputError, StateError
 
 if TYPE_CHECKING:
-    from distill.recipe import Recipe, Study
+    from distill.recipe import Recipe, Students, Study
 
 EXIT_INPUT = 2  # as for a wrong option
 EXAMPLE = "quickstart"
@@ -48,7 +48,7 @@ OverridesArgument = Annotated[
     typer.Argument(
         metavar="SECTION.KEY=VALUE",
         help="Settings that replace the recipe's, in a study those of all its stages; "
-        "stages.NAME.SECTION.KEY=VALUE replaces one stage's.",
+        "stages.NAME.SECTION.KEY=VALUE replaces one stage's, students.NAME... one student's.",
         show_default=False,
     ),
 ]
@@ -58,18 +58,23 @@ OverridesArgument = Annotated[
 def train(recipe: RecipeArgument = None, overrides: OverridesArgument = None) -> None:
     """Train what a recipe describes; a rerun goes on where the last one stopped.
 
-    Distilling, finetuning, probing, training from scratch, or a study of several such stages. The
-    teacher's cache is made first where it is missing. Everything is written to run.folder. Ctrl-C
-    saves and exits.
+    Distilling, finetuning, probing, training from scratch, a study of several such stages, or
+    several students from one reading of a cache. The teacher's cache is made first where it is
+    missing. Everything is written to run.folder. Ctrl-C saves and exits.
     """
     with _clean_exit():
         loaded = _load("train", recipe, overrides)
-        from distill.recipe import Study
-        from distill.study import results_table, run_study, table_rows
+        from distill.recipe import Students, Study
+        from distill.study import results_table, run_students, run_study, table_rows
         from distill.train import train as train_recipe
 
+        rows = []
         if isinstance(loaded, Study):
             rows = run_study(loaded)["rows"]
+        elif isinstance(loaded, Students):
+            for name, summary in run_students(loaded)["students"].items():
+                loss = f", loss {summary['last']['loss']:.4f}" if summary["last"] else ""
+                _say(f"{name}: {summary['steps']:,} steps{loss}: {summary['weights']}")
         else:
             rows = table_rows({loaded.name: train_recipe(loaded, Path(loaded.run.folder))})
         if rows:
@@ -173,19 +178,31 @@ def plan(
         loaded = _load("plan", recipe, overrides)
         from dataclasses import asdict
 
-        from distill.plan import SUSTAINED_TFLOPS, make_plan, plan_rows
+        from distill.plan import (
+            SUSTAINED_TFLOPS,
+            make_plan,
+            plan_rows,
+            plan_together,
+            together_rows,
+        )
+        from distill.recipe import Students
 
         plans = {
             name: make_plan(stage, sustained_tflops=tflops or SUSTAINED_TFLOPS)
             for name, stage in _stages(loaded).items()
         }
+        tables = [(made.name, plan_rows(made)) for made in plans.values()]
+        whole = {name: asdict(made) for name, made in plans.items()}
+        if isinstance(loaded, Students):
+            together = plan_together(loaded.name, plans)
+            tables.append((f"{loaded.name}, together", together_rows(together)))
+            whole = {"students": whole, "together": asdict(together)}
         if as_json:
-            whole = {name: asdict(made) for name, made in plans.items()}
             _print_plain(json.dumps(whole.get(None, whole), indent=1))
             return
-        for made in plans.values():
-            table = Table(show_header=False, title=made.name, title_justify="left")
-            for row in plan_rows(made):
+        for title, rows in tables:
+            table = Table(show_header=False, title=title, title_justify="left")
+            for row in rows:
                 table.add_row(*row)
             rich.print(table)
 
@@ -209,9 +226,10 @@ def _load(
     overrides: list[str] | None,
     *,
     stage: str | None = None,
-) -> "Recipe | Study":
+) -> "Recipe | Study | Students":
     """The recipe, once all that `verb` will read is there."""
     from distill import log
+    from distill.recipe import Students
     from distill.recipe_check import missing_inputs
     from distill.recipe_file import load_recipe, shipped_recipes
 
@@ -227,13 +245,14 @@ def _load(
     stages = _stages(loaded, with_cache=verb == "cache-teacher")
     if verb == "evaluate":
         stages = {stage: _one_stage(loaded, stage)}
+    kind = "student" if isinstance(loaded, Students) else "stage"
     lines = [
         f"{name}: {line}"
-        for stage_name, one in stages.items()
-        for line in missing_inputs(one, verb, stage=stage_name)
+        for part, one in stages.items()
+        for line in missing_inputs(one, verb, **{kind: part})
     ]
     if lines:
-        raise InputError("\n".join(lines))
+        raise InputError("\n".join(dict.fromkeys(lines)))  # students miss the same list
     for demo in dict.fromkeys(one.data.demo for one in stages.values() if one.data.demo):
         from distill.data.demo import make_demo
 
@@ -241,10 +260,17 @@ def _load(
     return loaded
 
 
-def _stages(loaded: "Recipe | Study", *, with_cache: bool = False) -> "dict[str | None, Recipe]":
-    """The recipes in a study by stage, or the one recipe under None."""
-    from distill.recipe import Distill, Study
+def _stages(
+    loaded: "Recipe | Study | Students", *, with_cache: bool = False
+) -> "dict[str | None, Recipe]":
+    """The recipes by stage or student, or the one recipe under None.
 
+    `with_cache` leaves those that have one; all students have the same.
+    """
+    from distill.recipe import Distill, Students, Study
+
+    if isinstance(loaded, Students):
+        return {None: next(iter(loaded.students.values()))} if with_cache else loaded.students
     if not isinstance(loaded, Study):
         return {None: loaded}
     return {
@@ -254,7 +280,7 @@ def _stages(loaded: "Recipe | Study", *, with_cache: bool = False) -> "dict[str 
     }
 
 
-def _one_stage(loaded: "Recipe | Study", stage: str | None) -> "Recipe":
+def _one_stage(loaded: "Recipe | Study | Students", stage: str | None) -> "Recipe":
     stages = _stages(loaded)
     if stage not in stages:
         known = ", ".join(name for name in stages if name)
@@ -263,7 +289,7 @@ def _one_stage(loaded: "Recipe | Study", stage: str | None) -> "Recipe":
     return stages[stage]
 
 
-def _resolved(recipe: "Recipe", loaded: "Recipe | Study") -> "Recipe":
+def _resolved(recipe: "Recipe", loaded: "Recipe | Study | Students") -> "Recipe":
     from distill.recipe import Study
     from distill.study import resolve_stages
 

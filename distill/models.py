@@ -1,5 +1,7 @@
 """Recipe sections to models: the only place where the two meet."""
 
+from typing import Any
+
 import torch
 
 from distill import recipe as schema
@@ -22,37 +24,37 @@ def build_student(recipe: schema.Recipe) -> DistillStudent:
         )
     teacher = recipe.objective.teacher
     teacher_size = resolve_size(schema.vit_size(teacher.size))
-    model, views = recipe.model, recipe.data.views
     return create_student(
-        schema.vit_size(model.size),
-        frames=views.frames,
-        image_size=views.image_size,
+        **_backbone(recipe),
         teacher_width=teacher_size.width,
         teacher_pooled=teacher_size.pooled_width,
         num_layers=teacher.layers,
         decoder=recipe.objective.decoder,
-        drop_path=model.drop_path,
-        activation=model.activation,
-        positions=model.positions,
-        checkpoint_blocks=model.checkpoint_blocks,
     )
 
 
 def build_classifier(recipe: schema.Recipe) -> VideoClassifier:
     """The classifier of a `classify` recipe, with fresh weights."""
-    model, views = recipe.model, recipe.data.views
     return create_classifier(
-        schema.vit_size(model.size),
+        **_backbone(recipe),
         num_classes=recipe.objective.num_classes,
-        frames=views.frames,
-        image_size=views.image_size,
-        drop_path=model.drop_path,
         fc_drop=recipe.objective.fc_drop,
-        activation=model.activation,
-        tubelet=model.tubelet,
-        positions=model.positions,
-        checkpoint_blocks=model.checkpoint_blocks,
+        tubelet=recipe.model.tubelet,
     )
+
+
+def _backbone(recipe: schema.Recipe) -> dict[str, Any]:
+    """What every model of a recipe is built with, whatever stands on it."""
+    model, views = recipe.model, recipe.data.views
+    return {
+        "size": schema.vit_size(model.size),
+        "frames": views.frames,
+        "image_size": views.image_size,
+        "drop_path": model.drop_path,
+        "activation": model.activation,
+        "positions": model.positions,
+        "checkpoint_blocks": model.checkpoint_blocks,
+    }
 
 
 def build_model(recipe: schema.Recipe) -> DistillStudent | VideoClassifier:

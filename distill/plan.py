@@ -1,7 +1,7 @@
 """What a recipe will take, worked out before anything runs."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -79,6 +79,26 @@ class Plan:
     sustained_tflops: float
     teacher: TeacherPlan | None = None
     cache: CachePlan | None = None
+
+
+@dataclass(frozen=True)
+class TogetherPlan:
+    """Students that learn from one stream of records, and what live targets would take instead.
+
+    `live_hours` are those of a run each, `live_together_hours` those of one run whose teacher
+    serves them all.
+    """
+
+    name: str
+    students: tuple[str, ...]
+    batch_size: int
+    epoch_bytes: int
+    memory_gb: float
+    build_hours: float
+    hours: float
+    live_hours: float
+    live_together_hours: float
+    sustained_tflops: float
 
 
 def make_plan(recipe: Recipe, *, sustained_tflops: float = SUSTAINED_TFLOPS) -> Plan:
@@ -161,6 +181,29 @@ def _plan_cache(
     )
 
 
+def plan_together(name: str, plans: Mapping[str, Plan]) -> TogetherPlan:
+    """Add up the plans of students by name that learn together."""
+    all_plans = list(plans.values())
+    one = all_plans[0]
+    held = [plan.parameters * PARAMETER_BYTES / 1e9 for plan in all_plans]
+    # Only one student at a time has activations.
+    at_work = max(plan.memory_gb - own for plan, own in zip(all_plans, held, strict=True))
+    hours = sum(plan.hours for plan in all_plans)
+    teacher_tflop = max(plan.epochs for plan in all_plans) * one.clips * one.teacher.forward_tflop
+    return TogetherPlan(
+        name=name,
+        students=tuple(plans),
+        batch_size=max(plan.batch_size for plan in all_plans),
+        epoch_bytes=one.cache.view_bytes * one.clips,
+        memory_gb=sum(held) + at_work,
+        build_hours=one.cache.build_hours,
+        hours=hours,
+        live_hours=sum(plan.teacher.live_hours for plan in all_plans),
+        live_together_hours=hours + _hours(teacher_tflop, one.sustained_tflops),
+        sustained_tflops=one.sustained_tflops,
+    )
+
+
 def count_clips(recipe: Recipe) -> int:
     """Clips in the training list: of the file, of the demo, or as the recipe states them."""
     section = recipe.data.train
@@ -218,6 +261,25 @@ def plan_rows(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "memory, cache", f"about {_size(cache.build_memory_gb * 1e9)}"
     yield "memory, training", f"about {_size(plan.memory_gb * 1e9)}"
     yield from _time_rows(plan)
+
+
+def together_rows(plan: TogetherPlan) -> Iterator[tuple[str, str]]:
+    """The plan as labels and sentences for a table."""
+    yield "students", ", ".join(plan.students)
+    yield (
+        "records",
+        f"{_size(plan.epoch_bytes)} an epoch, read once for all, {plan.batch_size:,} at a time",
+    )
+    yield "memory, training", f"about {_size(plan.memory_gb * 1e9)}"
+    yield "time", f"with one device at a sustained {plan.sustained_tflops:g} TFLOP/s:"
+    yield "  cache", f"{_time(plan.build_hours)}, once for all students"
+    yield "  training", _time(plan.hours)
+    whole = plan.build_hours + plan.hours
+    for label, live in (
+        ("  live, a run each", plan.live_hours),
+        ("  live, one run", plan.live_together_hours),
+    ):
+        yield label, f"{_time(live)}; with the cache {live / whole:.1f} times faster"
 
 
 def _time_rows(plan: Plan) -> Iterator[tuple[str, str]]:

@@ -369,9 +369,15 @@ def _in_folder(recipe: Recipe, folder: str) -> Recipe:
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
-    leaves = _walk(recipe.model_dump(mode="json"))
+    values = dict(_walk(recipe.model_dump(mode="json")))
+    # Where weights lie does not matter if their hash says which they are.
+    hashed = {
+        (*keys[:-1], "checkpoint") for keys in values if keys[-1] == "sha256" and values[keys]
+    }
     return {
         ".".join(keys): value
-        for keys, value in leaves
-        if not isinstance(value, dict) and not HARMLESS.fullmatch(".".join(keys))
+        for keys, value in values.items()
+        if not isinstance(value, dict)
+        and not HARMLESS.fullmatch(".".join(keys))
+        and keys not in hashed
     }

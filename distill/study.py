@@ -1,4 +1,4 @@
-"""Several runs that build on each other, and one table of what came out."""
+"""Several runs that build on each other or learn together, and one table of what came out."""
 
 import json
 from collections.abc import Mapping
@@ -9,10 +9,11 @@ from rich.table import Table
 
 from distill.checkpoint import latest_checkpoint, write_json
 from distill.errors import StateError
-from distill.recipe import Distill, Recipe, Study, Weights
+from distill.recipe import Distill, Recipe, Students, Study, Weights
 from distill.recipe_check import STAGE
+from distill.run_folder import SUMMARY, hold_folder
 from distill.students.warmstart import file_sha256
-from distill.train import train
+from distill.train import train, train_together
 
 BEGAN_FROM = "began_from.json"  # in a stage's folder: hashes of the weights of other stages
 
@@ -25,11 +26,27 @@ def run_study(study: Study) -> dict[str, Any]:
     """
     folder = Path(study.run.folder)
     summaries: dict[str, dict[str, Any]] = {}
-    for name, recipe in study.stages.items():
-        _note_weights(recipe, study)
-        summaries[name] = train(resolve_stages(recipe, study), Path(recipe.run.folder))
-    summary = {"name": study.name, "rows": table_rows(summaries, study), "stages": summaries}
-    write_json(folder / "summary.json", summary)
+    with hold_folder(folder):
+        for name, recipe in study.stages.items():
+            _note_weights(recipe, study)
+            summaries[name] = train(resolve_stages(recipe, study), Path(recipe.run.folder))
+        summary = {"name": study.name, "rows": table_rows(summaries, study), "stages": summaries}
+        write_json(folder / SUMMARY, summary)
+    return summary
+
+
+def run_students(students: Students) -> dict[str, Any]:
+    """Train the students together, each in a folder below theirs, and write summary.json there.
+
+    Raises what `train` raises.
+    """
+    folder = Path(students.run.folder)
+    recipes = list(students.students.values())
+    with hold_folder(folder):
+        summaries = train_together(recipes, [Path(recipe.run.folder) for recipe in recipes])
+        by_name = dict(zip(students.students, summaries, strict=True))
+        summary = {"name": students.name, "students": by_name}
+        write_json(folder / SUMMARY, summary)
     return summary
 
 
@@ -42,7 +59,7 @@ def _note_weights(recipe: Recipe, study: Study) -> None:
         for stage in sorted(stages_used(recipe))
     }
     hashes = {stage: file_sha256(path) for stage, path in weights.items() if path.exists()}
-    has_begun = (place / "summary.json").exists() or latest_checkpoint(place / "checkpoints")
+    has_begun = (place / SUMMARY).exists() or latest_checkpoint(place / "checkpoints")
     if has_begun and note.exists():
         before = json.loads(note.read_text(encoding="utf-8"))
         for stage, found in hashes.items():
