@@ -20,9 +20,9 @@ from distill.cache.codes import Codec
 from distill.cache.identity import cache_identity, distill_section
 from distill.cache.index import load_index
 from distill.cache.live import cached_teacher, calibrate, make_records, view_loader
-from distill.cache.read import QUARANTINE_FILE, quarantined_ids
+from distill.cache.quarantine import open_quarantine, quarantine_files, quarantined_ids
 from distill.cache.record import record_fields
-from distill.cache.shards import remove_leftovers
+from distill.cache.store import Folder, open_folder, remove_leftovers
 from distill.cache.writer import RecordWriter
 from distill.data.index import Clip, check_videos, read_list
 from distill.data.load import Quarantine, Task
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 class BuildReport:
     """What a build has done. Clips are the list's (or the first `limit` of them)."""
 
-    folder: Path
+    folder: Folder
     num_clips: int
     num_views: int
     part: Part
@@ -74,7 +74,7 @@ class BuildReport:
             shown = list(self.unreadable.items())[:SHOWN_CLIPS]
             text.append(
                 f"{where}: {self.quarantined} clips could not be decoded and are left out; "
-                f"{self.folder / QUARANTINE_FILE} says why:"
+                f"{quarantine_files(self.folder)} says why:"
             )
             text += [f"  {name}: {reason}" for name, reason in shown]
             if self.quarantined > len(shown):
@@ -85,7 +85,7 @@ class BuildReport:
 def build_cache(
     recipe: Recipe,
     *,
-    folder: str | Path | None = None,
+    folder: str | Path | Folder | None = None,
     limit: int | None = None,
     part: Part = WHOLE,
     progress: Callable[..., AbstractContextManager] = log.progress,
@@ -103,11 +103,10 @@ def build_cache(
     """
     started = time.monotonic()
     section = distill_section(recipe)
-    folder = Path(folder or section.cache.folder)
+    folder = open_folder(folder or section.cache.folder)
     identity = identity or cache_identity(recipe)
     listed = read_list(recipe.data.train, seed=recipe.run.seed)
     clips = listed[:limit]
-    folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     codec = read_codec(folder, identity)
     clip_ids = np.array([clip.id for clip in clips], np.int64)
@@ -132,10 +131,12 @@ def build_cache(
         title = f"cache {folder}" + (f", {part}" if part.count > 1 else "")
         with progress(title, total=total, unit="views", done=total - int(own.sum())) as bar:
             identity = with_codec(identity, codec)
-            for count, size, waited in _write(recipe, folder, identity, clips, own, teacher, codec):
-                bar.advance(count)
-                bar.note(f"{log.size_text(size)}, {waited:.0%} of the time waiting for videos")
-                written, size_bytes = written + count, size
+            with closing(_write(recipe, folder, identity, clips, own, teacher, codec)) as batches:
+                for count, size_bytes, waited in batches:
+                    written += count
+                    size = log.size_text(size_bytes)
+                    bar.note(f"{size}, {waited:.0%} of the time waiting for videos")
+                    bar.advance(count)
         is_there = _is_there(folder, identity, clip_ids, section.cache.views)
     quarantine = _quarantine(recipe, folder, clips)
     quarantine.check()  # with what other parts have found
@@ -157,13 +158,13 @@ def build_cache(
     )
 
 
-def _is_there(folder: Path, identity: dict, clip_ids: np.ndarray, num_views: int) -> np.ndarray:
+def _is_there(folder: Folder, identity: dict, clip_ids: np.ndarray, num_views: int) -> np.ndarray:
     """Which records of the clips a cache holds: bool [V,C]."""
     index = load_index(folder, identity)
     return np.stack([index.find(clip_ids, view) >= 0 for view in range(num_views)])
 
 
-def _await_means(folder: Path, identity: dict, measurer: Part, *, own: Part) -> Codec | None:
+def _await_means(folder: Folder, identity: dict, measurer: Part, *, own: Part) -> Codec | None:
     """The codec of the means that another part measures, None where that is ours to do.
 
     So it is, too, where they do not come in time: the other part may not have been started yet.
@@ -183,7 +184,7 @@ def _await_means(folder: Path, identity: dict, measurer: Part, *, own: Part) -> 
 
 def _write(
     recipe: Recipe,
-    folder: Path,
+    folder: Folder,
     identity: dict,
     clips: list[Clip],
     wanted: np.ndarray,
@@ -215,13 +216,8 @@ def _write(
     yield 0, writer.committed_bytes, min(loader.wait_seconds / elapsed, 1.0)
 
 
-def _quarantine(recipe: Recipe, folder: Path, clips: list[Clip]) -> Quarantine:
-    return Quarantine(
-        folder / QUARANTINE_FILE,
-        total=len(clips),
-        max_share=recipe.data.max_quarantined,
-        clips=clips,
-    )
+def _quarantine(recipe: Recipe, folder: Folder, clips: list[Clip]) -> Quarantine:
+    return open_quarantine(folder, clips=clips, max_share=recipe.data.max_quarantined)
 
 
 def _batches(clips: list[Clip], wanted: np.ndarray, *, size: int) -> Iterator[list[Task]]:

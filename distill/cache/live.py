@@ -11,7 +11,7 @@ from distill.cache.identity import teacher_hash
 from distill.cache.store import Folder
 from distill.data.index import Clip
 from distill.data.load import ClipLoader, Quarantine, Task, View, collate, load_task
-from distill.engine import pick_device, to_device
+from distill.engine import AUTOCAST, pick_device, to_device
 from distill.errors import StateError
 from distill.models import build_teacher
 from distill.recipe import Recipe
@@ -20,7 +20,7 @@ from distill.teachers import Teacher
 
 
 def cached_teacher(recipe: Recipe) -> Teacher:
-    """The recipe's teacher on the device that runs it.
+    """The recipe's teacher on the device that runs it, made ready for its batches.
 
     Raises StateError when its weights are not those that the cache is to hold.
     """
@@ -35,7 +35,10 @@ def cached_teacher(recipe: Recipe) -> Teacher:
                 f"objective.cache.teacher_hash is {expected}, but the teacher's is {found}; drop "
                 "the hash from the recipe, or give the teacher it belongs to"
             )
-    return build_teacher(recipe).to(pick_device())
+    teacher = build_teacher(recipe).to(pick_device())
+    dtype = AUTOCAST.get(section.teacher.precision, torch.float32)
+    teacher.tune(dtype, batch_size=section.cache.batch_size)
+    return teacher
 
 
 def view_loader(recipe: Recipe, quarantine: Quarantine) -> ClipLoader:
