@@ -10,6 +10,7 @@ from torch import nn
 
 from distill import recipe as schema
 from distill.cache.build import build_cache
+from distill.cache.hybrid import HybridBatches, open_hybrid
 from distill.cache.identity import cache_identity
 from distill.cache.read import Cache, CachedBatches
 from distill.data.index import check_videos, read_list
@@ -34,7 +35,7 @@ class Job:
 
     model: VideoViT
     objective: nn.Module
-    batches: ClipBatches | CachedBatches | None
+    batches: ClipBatches | CachedBatches | HybridBatches | None
     prepare: Callable[[dict], dict]
     clip_names: Callable[[Sequence[int]], list[str]]
     quarantine: Quarantine | None
@@ -48,17 +49,20 @@ def build_job(
     `cache` is the recipe's where it is open already.
     """
     objective, seed, batch_size = recipe.objective, recipe.run.seed, recipe.optim.batch_size
-    if isinstance(objective, schema.Distill) and objective.targets == "cached":
-        cache = cache or open_cache(recipe)
+    if isinstance(objective, schema.Distill) and objective.targets != "live":
+        quarantine = None
+        if objective.targets == "hybrid":
+            batches = open_hybrid(recipe, folder)
+            cache, names = batches.cached.cache, batches.clip_names
+            quarantine = batches.live and batches.live.quarantine
+        else:
+            cache = cache or open_cache(recipe)
+            batches = CachedBatches(cache, batch_size=batch_size, seed=seed)
+            names = cache.clip_names
         student = with_weights(build_student(recipe), recipe)
-        return Job(
-            student,
-            DistillObjective(student, objective, seed=seed),
-            CachedBatches(cache, batch_size=batch_size, seed=seed),
-            CachedTargets(cache.codec, make_redraw(recipe)),
-            cache.clip_names,
-            None,
-        )
+        loss = DistillObjective(student, objective, seed=seed)
+        prepare = CachedTargets(cache.codec, make_redraw(recipe))
+        return Job(student, loss, batches, prepare, names, quarantine)
 
     is_live = isinstance(objective, schema.Distill)
     if not is_live and not recipe.optim.epochs:  # weights to evaluate: no list to train on

@@ -179,7 +179,9 @@ class Distill(Section):
     mask: Mask = Mask()
     decoder: Literal["mlp", "linear"] = "mlp"
     loss_weights: tuple[NonNegative, NonNegative] = (1.0, 1.0)
-    targets: Literal["cached", "live"] = "cached"
+    targets: Literal["cached", "live", "hybrid"] = Field(
+        "cached", description="hybrid reads what the cache has and makes the rest on the spot"
+    )
     cache: Cache | None = None
 
 

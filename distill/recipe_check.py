@@ -253,7 +253,7 @@ def _distill_errors(
             return_layers(objective.depth, teacher.layers, teacher.interval)
         except ValueError as error:
             yield ("objective", "teacher", "interval"), str(error)
-    if section.targets == "cached" and cache is None:
+    if section.targets != "live" and cache is None:
         yield (
             ("objective", "cache"),
             "missing: give it a folder, or set objective.targets=live",
