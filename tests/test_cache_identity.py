@@ -47,6 +47,8 @@ def recipe(**changes):
         ("objective__mask__kind", "tube", "holds objective.mask.kind attention, the recipe asks"),
         ("objective__mask__ratio", 0.9, "holds objective.mask.ratio 0.8, the recipe asks for 0.9"),
         ("objective__cache__codes", "fp16", "holds objective.cache.codes 8bit, the recipe asks fo"),
+        ("objective__cache__tokens", "all", "holds objective.cache.tokens visible, the recipe as"),
+        ("objective__cache__pixels", "full", "holds objective.cache.pixels visible, the recipe a"),
         ("objective__cache__seed", 1, "holds objective.cache.seed 0, the recipe asks for 1; set "),
         ("objective__teacher__size", "6B", "holds objective.teacher.size 1B, the recipe asks for"),
         ("objective__teacher__layers", 3, "holds objective.teacher.layers 6, the recipe asks fo"),

@@ -6,7 +6,7 @@ import torch
 from distill import draw
 from distill.engine import Engine
 from distill.errors import StateError
-from distill.mask import draw_tokens
+from distill.mask import Redraw, draw_kept, draw_tokens
 from distill.objective import DistillObjective
 from distill.recipe import Distill, Mask, Optim, Teacher
 from distill.students import ViTSize, create_student
@@ -75,6 +75,18 @@ def test_random_masks_are_those_of_the_cpu():
     settings = {"view": 1, "seed": 2, "grid": GRID}
     on_cpu = draw_tokens(Mask(kind="random"), clip_ids=CLIPS, **settings)
     on_gpu = draw_tokens(Mask(kind="random"), clip_ids=CLIPS.cuda(), **settings)
+    assert torch.equal(on_cpu, on_gpu.cpu())
+
+
+def test_an_epochs_tokens_are_those_of_the_cpu():
+    attention = torch.rand(4, 64, generator=torch.Generator().manual_seed(2))
+    settings = {"view": 1, "seed": 2, "grid": GRID, "attention": attention}
+    tokens, next_arrival = draw_kept(Mask(), "superset", clip_ids=CLIPS, **settings)
+    record = {"tokens": tokens, "next_arrival": next_arrival, "attention": attention}
+    redraw = Redraw(Mask(), GRID, 3)
+    on_cpu = redraw.places(clip_ids=CLIPS, epoch=5, **record)
+    record = {name: value.cuda() for name, value in record.items()}
+    on_gpu = redraw.places(clip_ids=CLIPS.cuda(), epoch=5, **record)
     assert torch.equal(on_cpu, on_gpu.cpu())
 
 
