@@ -190,11 +190,13 @@ def _complete_lines(path: Path) -> list[str]:
 class Meter:
     """Clips per second, and the share of the time that was spent waiting for data.
 
-    `wait_seconds` is what the loader has waited in all, as it counts it itself.
+    `wait_seconds` is what the loader has waited in all, as it counts it itself. `cached` of the
+    `clips` came from a cache that may have gaps; None where there is no such.
     """
 
     def __init__(self, wait_seconds: float) -> None:
         self.clips, self._waited, self._time = 0, wait_seconds, time.monotonic()
+        self.cached: int | None = None
 
     def read(self, wait_seconds: float) -> dict[str, float]:
         """The rates since the last reading."""
@@ -204,5 +206,8 @@ class Meter:
             "clips_per_second": self.clips / elapsed,
             "data_wait": (wait_seconds - self._waited) / elapsed,
         }
+        if self.cached is not None and self.clips:
+            rates["hit_rate"] = self.cached / self.clips
         self.clips, self._waited, self._time = 0, wait_seconds, now
+        self.cached = None
         return rates

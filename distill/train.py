@@ -61,12 +61,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Position:
-    """Where a run stands: steps done in all and in this epoch, the last and the best values."""
+    """Where a run stands: steps done in all and in this epoch, the last and the best values.
+
+    Of clips that a hybrid run has `read`, `cached` came from the cache.
+    """
 
     epoch: int = 0
     step_in_epoch: int = 0
     step: int = 0
     seconds: float = 0.0
+    read: int = 0
+    cached: int = 0
     last: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
 
@@ -251,11 +256,20 @@ class Run:
         at.step_in_epoch += 1
         self.bar.advance()
         self.meter.clips += len(batch["clip_id"])
+        if "is_cached" in batch:
+            self.count_hits(batch["is_cached"])
         if at.step % run.log_steps == 0 or at.step == self.schedule.num_steps:
             self.log_step(losses, lr=lr)
         if time.monotonic() - self.saved_at > 60 * run.save_minutes:
             self.save()
         self.stop.check()
+
+    def count_hits(self, is_cached: torch.Tensor) -> None:
+        """Count the clips [B] of a hybrid run's batch that came from the cache."""
+        hits = int(is_cached.sum())
+        self.at.read += len(is_cached)
+        self.at.cached += hits
+        self.meter.cached = (self.meter.cached or 0) + hits
 
     def log_step(self, losses: dict[str, torch.Tensor], *, lr: float) -> None:
         """Write the step's values; the one place that waits for the device."""
@@ -264,9 +278,10 @@ class Run:
         at.last = {name: value.item() for name, value in losses.items()}
         rates = self.meter.read(self.stream.wait_seconds)
         self.log.write(at.step, {"epoch": at.epoch, "lr": lr, **at.last, **rates})
+        hits = f"  cached {rates['hit_rate']:.0%}" if "hit_rate" in rates else ""
         self.bar.note(
             f"loss {at.last['loss']:.4f}  {rates['clips_per_second']:.1f} clips/s  "
-            f"data wait {rates['data_wait']:.0%}"
+            f"data wait {rates['data_wait']:.0%}{hits}"
         )
 
     def end_epoch(self) -> None:
@@ -343,6 +358,7 @@ def finish(
         "last": at.last,
         "best_on_val": at.best,
         "quarantined": len(job.quarantine.entries) if job.quarantine else 0,
+        "hit_rate": at.cached / at.read if at.read else None,
         "evaluation": None,
         "weights": str(folder / "model.safetensors"),
         "device": str(device),
