@@ -95,8 +95,6 @@ def _decode_codes_fwd(
 ) -> Tensor:
     rows = torch.empty((*codes.shape[:-1], width), dtype=dtype, device=codes.device)
     num_rows, num_groups = scales.numel(), -(-width // GROUP)
-    if num_rows == 0:
-        return rows
     block_groups = min(BLOCK_GROUPS, 1 << (num_groups - 1).bit_length())
     grid = (-(-num_rows // BLOCK_ROWS), -(-num_groups // block_groups))
     with torch.cuda.device_of(codes):  # Triton launches on the current device

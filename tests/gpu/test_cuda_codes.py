@@ -44,6 +44,11 @@ def test_the_kernel_is_the_reference_and_writes_every_element(poisoned, bits, wi
     assert_close(found.cpu(), expected, rtol=0, atol=0)
 
 
+def test_no_rows_are_no_launch():
+    codes, scales, levels = inputs(4, 20, (2, 0, 5))
+    assert decode_codes(codes, scales, levels, width=20).shape == (2, 0, 5, 20)
+
+
 def test_offsets_past_two_to_the_31():
     width, rows = 1408, 2**31 // 1408 + 4096
     codes, scales, levels = inputs(8, width, (1, 1, rows))
