@@ -25,7 +25,8 @@ from distill.cache.codes import Codec
 from distill.cache.identity import cache_identity
 from distill.cache.index import load_index
 from distill.cache.read import Cache, CachedBatches
-from distill.cache.shards import read_shard_index, shard_paths
+from distill.cache.shards import read_shard_index, shard_sizes
+from distill.cache.store import open_folder
 from distill.data.index import read_list
 from distill.data.load import ClipBatches, Quarantine, load_view
 from distill.errors import InputError, StateError
@@ -127,8 +128,9 @@ def cache_folder(recipe):
 def records(recipe):
     """Every record of a cache by clip and view: its arrays, and its view's JSON."""
     folder, identity = cache_folder(recipe), cache_identity(recipe)
-    index = load_index(folder, with_codec(identity, read_codec(folder, identity)))
-    cache = Cache(folder, index, np.zeros((1, 1), int))
+    store = open_folder(folder)
+    index = load_index(store, with_codec(identity, read_codec(store, identity)))
+    cache = Cache(store, index, np.zeros((1, 1), int))
     return {
         (int(index.clip_ids[row]), int(index.views[row])): cache.read(row)
         for row in range(len(index))
@@ -144,14 +146,15 @@ def assert_same_records(found, expected):
 
 
 def num_committed(folder):
-    return sum(len(read_shard_index(path).clip_ids) for path in shard_paths(folder))
+    store = open_folder(folder)
+    return sum(len(read_shard_index(store, name).clip_ids) for name in shard_sizes(store))
 
 
 def test_a_build_makes_every_view_of_every_clip(built, videos):
     recipe, report = built
     assert (report.num_clips, report.num_views, report.written) == (CLIPS, 2, 2 * CLIPS)
     assert (report.present, report.quarantined) == (0, 0)
-    sizes = [path.stat().st_size for path in shard_paths(cache_folder(recipe))]
+    sizes = [path.stat().st_size for path in sorted(cache_folder(recipe).glob("shard-*"))]
     assert report.size_bytes == sum(sizes)
     clips = read_list(recipe.data.train)
     assert records(recipe).keys() == {(clip.id, view) for clip in clips for view in (0, 1)}
@@ -227,13 +230,13 @@ def test_a_killed_build_goes_on_and_redoes_nothing(built, videos, tmp_path):
             stderr=log,
         )
         deadline = time.monotonic() + 60
-        while len(shard_paths(cache_folder(recipe))) < 2:
+        while len(sorted(cache_folder(recipe).glob("shard-*"))) < 2:
             assert process.poll() is None, (tmp_path / "log").read_text()
             assert time.monotonic() < deadline, (tmp_path / "log").read_text()
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    kept = {path: path.read_bytes() for path in shard_paths(cache_folder(recipe))}
+    kept = {path: path.read_bytes() for path in sorted(cache_folder(recipe).glob("shard-*"))}
     num_kept = num_committed(cache_folder(recipe))
     assert 4 <= num_kept < 2 * CLIPS
 
@@ -350,10 +353,11 @@ def test_a_clip_that_cannot_be_decoded_is_left_out_and_counted(flawed, tmp_path)
     folder = cache_folder(recipe)
     assert report.lines()[1] == (
         f"cache {folder}: 1 clips could not be decoded and are left out; "
-        f"{folder / 'quarantine.jsonl'} says why:"
+        f"{folder}/quarantine*.jsonl says why:"
     )
     assert report.lines()[2].startswith(f"  2.mp4: {flawed / '2.mp4'}: ")
-    (line,) = (folder / "quarantine.jsonl").read_text().splitlines()
+    (path,) = folder.glob("quarantine-*.jsonl")
+    (line,) = path.read_text().splitlines()
     assert "2.mp4" in json.dumps(json.loads(line))
     clips = read_list(recipe.data.train)
     cache = Cache.open(folder, recipe)

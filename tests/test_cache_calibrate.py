@@ -15,7 +15,8 @@ from distill.cache.calibrate import read_codec, sample_clips, with_codec, write_
 from distill.cache.codes import Codec
 from distill.cache.identity import MEANS, cache_identity
 from distill.cache.read import Cache
-from distill.cache.shards import read_shard_index, shard_paths
+from distill.cache.shards import read_shard_index, shard_sizes
+from distill.cache.store import open_folder
 from distill.data.index import Clip, read_list
 from distill.data.load import load_view
 from distill.errors import StateError
@@ -99,7 +100,7 @@ def test_means_are_those_of_the_rows_that_records_hold(built):
         }
         rows.append(view_records(teacher, batch, mask=built.objective.mask, seed=0)["middle"])
     expected = torch.cat(rows, dim=1).mean((1, 2))
-    codec = read_codec(cache_folder(built), cache_identity(built))
+    codec = read_codec(open_folder(cache_folder(built)), cache_identity(built))
     assert codec.means.shape == (3, 176)
     assert_close(codec.means, expected, rtol=0, atol=1e-6)
     assert float(expected.norm(dim=-1).min()) > 0.1, "there is something to subtract"
@@ -113,9 +114,10 @@ def test_a_limit_changes_no_means(built, videos, tmp_path):
 
 
 def test_shards_name_their_means(built):
-    codec = read_codec(cache_folder(built), cache_identity(built))
-    for path in shard_paths(cache_folder(built)):
-        assert read_shard_index(path).identity[MEANS] == codec.means_sha256
+    codec = read_codec(open_folder(cache_folder(built)), cache_identity(built))
+    store = open_folder(cache_folder(built))
+    for name in shard_sizes(store):
+        assert read_shard_index(store, name).identity[MEANS] == codec.means_sha256
     assert Cache.open(cache_folder(built), built).codec.means_sha256 == codec.means_sha256
 
 
@@ -144,8 +146,10 @@ def test_means_are_there_before_the_first_record_and_are_not_measured_again(
 def test_half_precision_needs_no_means(videos, tmp_path):
     recipe = recipe_at(videos, tmp_path / "cache", codes="fp16")
     build_cache(recipe, limit=1, progress=no_progress)
-    assert [path.suffix for path in cache_folder(recipe).iterdir()] == [".safetensors"]
-    assert MEANS not in read_shard_index(shard_paths(cache_folder(recipe))[0]).identity
+    store = open_folder(cache_folder(recipe))
+    name, manifest = sorted(store.sizes(), reverse=True)
+    assert manifest == "manifest.safetensors"
+    assert MEANS not in read_shard_index(store, name).identity
 
 
 def test_clips_that_cannot_be_decoded_are_left_out(tmp_path):
@@ -170,7 +174,7 @@ def test_of_writers_that_come_at_once_all_get_the_same_means(tmp_path):
 
     def write(number):
         start.wait()
-        got.append(write_codec(tmp_path, IDENTITY, torch.full((2, 4), float(number))))
+        got.append(write_codec(open_folder(tmp_path), IDENTITY, torch.full((2, 4), float(number))))
 
     threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
     for thread in threads:
@@ -180,25 +184,25 @@ def test_of_writers_that_come_at_once_all_get_the_same_means(tmp_path):
     assert len(got) == 8
     assert len({codec.means_sha256 for codec in got}) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["means.safetensors"]
-    late = write_codec(tmp_path, IDENTITY, torch.full((2, 4), 99.0))
+    late = write_codec(open_folder(tmp_path), IDENTITY, torch.full((2, 4), 99.0))
     assert late.means_sha256 == got[0].means_sha256
 
 
 def test_there_is_no_codec_before_the_means(tmp_path):
-    assert read_codec(tmp_path, IDENTITY) is None
+    assert read_codec(open_folder(tmp_path), IDENTITY) is None
     assert with_codec(IDENTITY, None) == with_codec(IDENTITY, Codec("fp16")) == IDENTITY
 
 
 def test_a_flipped_byte_never_gives_other_means(tmp_path):
     means = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
-    write_codec(tmp_path, IDENTITY, means)
+    write_codec(open_folder(tmp_path), IDENTITY, means)
     path = tmp_path / "means.safetensors"
     content = path.read_bytes()
     refused = 0
     for place in range(len(content)):
         path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
         try:
-            assert torch.equal(read_codec(tmp_path, IDENTITY).means, means)
+            assert torch.equal(read_codec(open_folder(tmp_path), IDENTITY).means, means)
         except StateError:
             refused += 1
     assert refused > 0.9 * len(content), "all but blanks that pad the header"
@@ -208,15 +212,15 @@ def test_a_flipped_byte_never_gives_other_means(tmp_path):
         "folder's shards and run 'distill cache-teacher' again"
     )
     with pytest.raises(StateError) as error:
-        read_codec(tmp_path, IDENTITY)
+        read_codec(open_folder(tmp_path), IDENTITY)
     assert str(error.value) == message
 
 
 def test_another_recipes_means_are_refused(tmp_path):
-    write_codec(tmp_path, IDENTITY, torch.zeros(1, 2))
+    write_codec(open_folder(tmp_path), IDENTITY, torch.zeros(1, 2))
     other = {**IDENTITY, "objective.cache.seed": 1}
     with pytest.raises(StateError, match="holds objective.cache.seed 0, the recipe asks for 1; s"):
-        read_codec(tmp_path, other)
+        read_codec(open_folder(tmp_path), other)
 
 
 @pytest.mark.parametrize(
@@ -228,11 +232,11 @@ def test_records_without_their_means_are_refused_by_readers_and_writers(
 ):
     folder = tmp_path / "cache"
     folder.mkdir()
-    for path in shard_paths(cache_folder(built)):
+    for path in cache_folder(built).glob("shard-*"):
         (folder / path.name).write_bytes(path.read_bytes())
     recipe = recipe_at(videos, folder)
     if replace:
-        write_codec(folder, cache_identity(recipe), torch.zeros(1, 2))
+        write_codec(open_folder(folder), cache_identity(recipe), torch.zeros(1, 2))
     before = sorted(folder.iterdir())
     for use in (lambda: Cache.open(folder, recipe), lambda: build_cache(recipe, progress=None)):
         with pytest.raises(StateError, match=f"cache {folder}: its codes need the means .*{line}"):

@@ -137,7 +137,8 @@ def test_a_file_that_is_not_there_is_one_line(folder):
             use("none")
         assert str(error.value).startswith(message)
         assert str(error.value).endswith(
-            "check that it is still there, and the folder or bucket above it"
+            "check that the folder or bucket is there; run 'distill cache-teacher' again if the "
+            "file is lost"
         )
         assert "\n" not in str(error.value)
 

@@ -5,12 +5,9 @@ They come from clips sampled by seed over the whole list, so that no order of th
 writer codes with it, and every shard names it by its hash.
 """
 
-import contextlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from pathlib import Path
 
 import torch
 from einops import reduce
@@ -21,7 +18,8 @@ from torch import Tensor
 from distill import draw
 from distill.cache.codes import BITS, Codec
 from distill.cache.identity import MEANS, MEANS_FILE, require_identity
-from distill.cache.shards import canonical, sync_folder, temporary_name
+from distill.cache.sealed import canonical
+from distill.cache.store import Folder
 from distill.data.index import Clip
 from distill.data.load import ClipLoader, Task, View
 from distill.errors import StateError
@@ -35,7 +33,7 @@ def with_codec(identity: dict, codec: Codec | None) -> dict:
     return {**identity, MEANS: codec.means_sha256} if has_means else identity
 
 
-def read_codec(folder: Path, identity: dict) -> Codec | None:
+def read_codec(folder: Folder, identity: dict) -> Codec | None:
     """The codec of a cache's records; None where its means have yet to be measured.
 
     `identity` is the recipe's. Raises StateError for means that are damaged or another recipe's.
@@ -43,24 +41,23 @@ def read_codec(folder: Path, identity: dict) -> Codec | None:
     kind = identity["objective.cache.codes"]
     if kind not in BITS:
         return Codec(kind)
-    path = folder / MEANS_FILE
-    if not path.exists():
+    if MEANS_FILE not in folder.sizes(MEANS_FILE):
         return None
+    content = folder.read(MEANS_FILE)
     try:
-        content = path.read_bytes()
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         written = json.loads(header["__metadata__"]["written"])
         codec = Codec(kind, means=load(content)["means"])
         found, sha256 = written["identity"], written["sha256"]
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(path) from error
+        raise _damaged(folder) from error
     if codec.means_sha256 != sha256:
-        raise _damaged(path)
+        raise _damaged(folder)
     require_identity(found, identity, where=f"cache {folder}")
     return codec
 
 
-def write_codec(folder: Path, identity: dict, means: Tensor) -> Codec:
+def write_codec(folder: Folder, identity: dict, means: Tensor) -> Codec:
     """Keep the means of a cache that has none yet; returns the codec of those it then has.
 
     Whole or not at all, and never in the place of others: of writers that come at once one wins,
@@ -68,17 +65,7 @@ def write_codec(folder: Path, identity: dict, means: Tensor) -> Codec:
     """
     codec = Codec(identity["objective.cache.codes"], means=means)
     written = canonical({"identity": identity, "sha256": codec.means_sha256})
-    path = folder / temporary_name()
-    with path.open("xb") as file:
-        file.write(save({"means": means}, metadata={"written": written}))
-        file.flush()
-        os.fsync(file.fileno())
-    try:
-        with contextlib.suppress(FileExistsError):
-            os.link(path, folder / MEANS_FILE)  # unlike a rename, it replaces no file
-    finally:
-        path.unlink()
-    sync_folder(folder)
+    folder.create(MEANS_FILE, save({"means": means}, metadata={"written": written}))
     return read_codec(folder, identity)
 
 
@@ -120,8 +107,8 @@ def measure_means(
     return (total / count).float()
 
 
-def _damaged(path: Path) -> StateError:
+def _damaged(folder: Folder) -> StateError:
     return StateError(
-        f"{path}: damaged means of the cache's codes; put the file back, or delete it and the "
-        "folder's shards and run 'distill cache-teacher' again"
+        f"{folder.at(MEANS_FILE)}: damaged means of the cache's codes; put the file back, or "
+        "delete it and the folder's shards and run 'distill cache-teacher' again"
     )

@@ -19,7 +19,8 @@ from distill.cache.calibrate import read_codec
 from distill.cache.codes import BITS, Codec, gaussian_levels
 from distill.cache.identity import MEANS, MEANS_FILE
 from distill.cache.index import load_index
-from distill.cache.read import Cache, quarantined_ids
+from distill.cache.quarantine import quarantined_ids
+from distill.cache.read import Cache
 from distill.cache.shards import read_shard_index
 from distill.cache.store import Folder, open_folder
 from distill.errors import StateError

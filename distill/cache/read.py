@@ -10,20 +10,24 @@ import numpy as np
 import torch
 
 from distill import draw
+from distill.cache.buffers import BufferPool
 from distill.cache.calibrate import read_codec, with_codec
 from distill.cache.codes import Codec
 from distill.cache.identity import cache_identity, distill_section
 from distill.cache.index import CacheIndex, load_index
+from distill.cache.quarantine import quarantine_files, quarantined_ids
+from distill.cache.sealed import ALIGN_BYTES
 from distill.cache.shards import ShardReader
+from distill.cache.store import Folder, open_folder
 from distill.data.index import read_list
-from distill.data.load import Quarantine
 from distill.errors import StateError
 from distill.recipe import Recipe
 
-QUARANTINE_FILE = "quarantine.jsonl"
 READ_THREADS = 4
+REMOTE_THREADS = 32  # each waits for a server most of the time
 PREFETCH_BYTES = 256 * 2**20  # read ahead at a time, in the order in which it lies on the disk
 PREFETCH_BATCHES = 16
+RECORDS_A_TURN = 4  # that a thread reads before it asks for more
 TORCH = {
     "uint8": torch.uint8,
     "int8": torch.int8,
@@ -37,52 +41,67 @@ TORCH = {
 class Cache:
     """An open view cache: which record holds which view of the recipe's clips.
 
-    `rows` int64 [C,V] are places in `index`, with the clips in the order of the recipe's list;
-    clips in the cache's quarantine are left out. `codec` decodes the records' codes.
+    `clip_ids` int64 [C] are the recipe's clips in the order of its list, less those in the
+    cache's quarantine; `rows` int64 [C,V] are their records' places in `index`, -1 for a record
+    that is missing. `codec` decodes the records' codes.
     """
 
     def __init__(
-        self, folder: Path, index: CacheIndex, rows: np.ndarray, *, codec: Codec | None = None
+        self,
+        folder: Folder,
+        index: CacheIndex,
+        rows: np.ndarray,
+        *,
+        clip_ids: np.ndarray | None = None,
+        codec: Codec | None = None,
     ) -> None:
         self.folder, self.index, self.rows, self.codec = folder, index, rows, codec
+        self.clip_ids = index.clip_ids[rows[:, 0]] if clip_ids is None else clip_ids
 
     @classmethod
-    def open(cls, folder: str | Path, recipe: Recipe, *, identity: dict | None = None) -> "Cache":
+    def open(
+        cls,
+        folder: str | Path | Folder,
+        recipe: Recipe,
+        *,
+        identity: dict | None = None,
+        allow_missing: bool = False,
+    ) -> "Cache":
         """Check a cache against a recipe; reads indexes only, and no teacher's file if its hash
         is in the recipe or `identity`, the recipe's `cache_identity`, is given.
 
-        Raises StateError, in one line that says what to do, for a cache that is missing,
-        damaged, incomplete or made with other settings.
+        Raises StateError, in one line that says what to do, for a cache that is damaged or made
+        with other settings and, unless `allow_missing`, for one without all of its records.
         """
-        folder = Path(folder)
+        folder = open_folder(folder)
         num_views = distill_section(recipe).cache.views
         identity = identity or cache_identity(recipe)
         codec = read_codec(folder, identity)
         index = load_index(folder, with_codec(identity, codec))
-        if not len(index):
+        section = recipe.data.train
+        if not len(index) and (section.list is None or not allow_missing):
             raise StateError(
                 f"cache {folder}: no records there; run 'distill cache-teacher' to make them"
             )
-        section = recipe.data.train
         if section.list is None:
-            clip_ids = np.unique(index.clip_ids)
+            clip_ids = index.known_clips()
         else:
             clips = read_list(section, seed=recipe.run.seed)
-            clip_ids = np.array([clip.id for clip in clips], np.int64)
+            clip_ids = np.fromiter((clip.id for clip in clips), np.int64, len(clips))
         clip_ids = clip_ids[~np.isin(clip_ids, quarantined_ids(folder))]
         if not len(clip_ids):
             raise StateError(
-                f"cache {folder}: every clip of {section.list} is in its {QUARANTINE_FILE}, which "
-                "says why; mend the videos and delete that file"
+                f"cache {folder}: every clip of {section.list} is in {quarantine_files(folder)}, "
+                "which says why; mend the videos and delete that file"
             )
-        rows = np.stack([index.find(clip_ids, view) for view in range(num_views)], axis=1)
+        rows = _find_rows(index, clip_ids, num_views)
         missing = int((rows < 0).sum())
-        if missing:
+        if missing and not allow_missing:
             raise StateError(
                 f"cache {folder}: lacks {missing} of the {rows.size} records of {len(clip_ids)} "
                 f"clips in {num_views} views; run 'distill cache-teacher' to add them"
             )
-        return cls(folder, index, rows, codec=codec)
+        return cls(folder, index, rows, clip_ids=clip_ids, codec=codec)
 
     @property
     def num_views(self) -> int:
@@ -91,16 +110,17 @@ class Cache:
     def read(self, row: int) -> tuple[dict[str, np.ndarray], dict]:
         """One record by its place in the index: its fields and what its view is."""
         arrays = {field.name: np.empty(field.shape, field.dtype) for field in self.index.fields}
-        with ShardReader(self.index.shards[self.index.shard[row]]) as shard:
-            text = self.read_into(shard, row, arrays)
+        with ShardReader(self.folder) as shards:
+            text = self.read_into(shards, row, arrays)
         return arrays, json.loads(bytes(text))
 
-    def read_into(self, shard: ShardReader, row: int, arrays: dict[str, np.ndarray]) -> bytearray:
+    def read_into(self, shards: ShardReader, row: int, arrays: dict[str, np.ndarray]) -> bytearray:
         """Read a record into contiguous arrays, one a field; returns the view's JSON text."""
         index = self.index
         parts = [arrays[field.name].reshape(-1).view(np.uint8) for field in index.fields]
         text = bytearray(int(index.sizes[row]) - sum(len(part) for part in parts))
-        shard.read(
+        shards.read(
+            index.shards[index.shard[row]],
             [*parts, text],
             start=int(index.starts[row]),
             xxh3=int(index.xxh3[row]),
@@ -110,101 +130,143 @@ class Cache:
 
     def clip_names(self, clip_ids: Sequence[int]) -> list[str]:
         """Names, as in the list, of clips that the cache holds."""
-        rows = self.index.find(np.asarray(clip_ids, np.int64), 0)
+        ids = np.asarray(clip_ids, np.int64)
+        rows = np.max([self.index.find(ids, view) for view in range(self.index.num_views)], axis=0)
         return [self.read(int(row))[1]["name"] for row in rows]
-
-
-def quarantined_ids(folder: Path) -> np.ndarray:
-    """Ids int64 of the clips that the build of a cache could not decode."""
-    entries = Quarantine(folder / QUARANTINE_FILE, total=1, max_share=1.0).entries
-    return np.array([entry["id"] for entry in entries], np.int64)
 
 
 class CachedBatches:
     """Batches of a cache's records: epoch e reads view e mod V of every clip, shuffled.
 
-    The order is that of live batches, a function of (seed, epoch) and the list. A batch holds
-    clip_id and view int64 [B], every field of a record with B in front, and the epoch. Memory
-    is bounded by the prefetch window. `wait_seconds` is how long the consumer has waited.
+    A batch holds clip_id and view int64 [B], every field of a record with B in front, and the
+    epoch; where the cache lacks records also `missing`, the places in the batch at which the
+    fields hold nothing. Each of `world_size` ranks gets its own share of every batch of
+    `batch_size`. Memory is bounded by the prefetch window, and that of a batch is used again
+    once its tensors are gone. `wait_seconds` is how long the consumer has waited.
     """
 
-    def __init__(self, cache: Cache, *, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, cache: Cache, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
         self.cache, self.batch_size, self.seed = cache, batch_size, seed
+        self.rank, self.world_size = rank, world_size
         self.wait_seconds = 0.0
-        batch_bytes = batch_size * int(cache.index.sizes[cache.rows[0, 0]])
-        self.window = min(max(PREFETCH_BYTES // batch_bytes, 1), PREFETCH_BATCHES)
+        self.num_threads = READ_THREADS if cache.folder.is_local else REMOTE_THREADS
+        self._most = -(-batch_size // world_size)
+        places, self._buffer_bytes = {}, 0
+        for field in cache.index.fields:
+            places[field.name] = self._buffer_bytes
+            size = self._most * field.size_bytes
+            self._buffer_bytes += size + -size % ALIGN_BYTES
+        self._places = places  # of fields in a batch's memory
+        self.window = min(max(PREFETCH_BYTES // max(self._buffer_bytes, 1), 1), PREFETCH_BATCHES)
+        self._buffers = BufferPool(self._buffer_bytes, keep=2 * self.window + 2)
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.cache.rows) // self.batch_size)
+        return -(-len(self.cache.clip_ids) // self.batch_size)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Places int64 [C] of the clips, in the order in which all ranks together read them.
+
+        Any of the C! orders, by (seed, epoch) alone; that of live batches.
+        """
+        count = len(self.cache.clip_ids)
+        return draw.generator("shuffle", self.seed, epoch).permutation(count)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[dict]:
         """The batches of an epoch from `first_step` on; the last one may be smaller.
 
         Raises StateError for a damaged record, naming its shard.
         """
-        rows = self.cache.rows[:, epoch % self.cache.num_views]
-        order = draw.generator("shuffle", self.seed, epoch).permutation(len(rows))
-        starts = range(first_step * self.batch_size, len(rows), self.batch_size)
-        batches = [rows[order[start : start + self.batch_size]] for start in starts]
+        order = self.order(epoch)
+        view = epoch % self.cache.num_views
+        shares = [
+            self._share(order[start : start + self.batch_size])
+            for start in range(first_step * self.batch_size, len(order), self.batch_size)
+        ]
         windows = [
-            batches[start : start + self.window] for start in range(0, len(batches), self.window)
+            shares[start : start + self.window] for start in range(0, len(shares), self.window)
         ]
         with (
-            ThreadPoolExecutor(READ_THREADS, thread_name_prefix="cache-reader") as pool,
+            ShardReader(self.cache.folder) as shards,
+            ThreadPoolExecutor(self.num_threads, thread_name_prefix="cache-reader") as pool,
             ThreadPoolExecutor(1, thread_name_prefix="cache-window") as ahead,
         ):
-            coming = [ahead.submit(self._read_window, window, pool) for window in windows[:1]]
+
+            def submit(window: list[np.ndarray]):
+                return ahead.submit(self._read_window, window, view, shards=shards, pool=pool)
+
+            coming = [submit(window) for window in windows[:1]]
             for number in range(1, len(windows) + 1):
                 start = time.perf_counter()
                 ready = coming.pop().result()  # raises whatever went wrong in a thread
                 self.wait_seconds += time.perf_counter() - start
-                for window in windows[number : number + 1]:
-                    coming.append(ahead.submit(self._read_window, window, pool))
+                coming += [submit(window) for window in windows[number : number + 1]]
                 while ready:
                     yield {**ready.pop(0), "epoch": epoch}
 
-    def _read_window(self, window: list[np.ndarray], pool: ThreadPoolExecutor) -> list[dict]:
+    def _share(self, places: np.ndarray) -> np.ndarray:
+        first, last = (len(places) * rank // self.world_size for rank in (self.rank, self.rank + 1))
+        return places[first:last]
+
+    def _read_window(
+        self,
+        window: list[np.ndarray],
+        view: int,
+        *,
+        shards: ShardReader,
+        pool: ThreadPoolExecutor,
+    ) -> list[dict]:
         index = self.cache.index
-        batches = [self._allocate(rows) for rows in window]
-        places = [
-            (int(row), batch, place)
-            for rows, batch in zip(window, batches, strict=True)
-            for place, row in enumerate(rows)
+        batches = [self._allocate(places, view) for places in window]
+        arrays = [
+            {field.name: batch[field.name].numpy() for field in index.fields} for batch in batches
         ]
-        places.sort(key=lambda item: (index.shard[item[0]], index.starts[item[0]]))
-        share = -(-len(places) // READ_THREADS)
-        parts = [places[start : start + share] for start in range(0, len(places), share)]
-        for done in [pool.submit(self._read_places, part) for part in parts]:
+        owner = np.repeat(np.arange(len(window)), [len(places) for places in window])
+        within = np.concatenate([np.arange(len(places)) for places in window])
+        rows = self.cache.rows[np.concatenate(window), view]
+        for batch, places in zip(batches, window, strict=True):
+            missing = np.flatnonzero(self.cache.rows[places, view] < 0)
+            if len(missing):
+                batch["missing"] = missing.tolist()
+        there = np.flatnonzero(rows >= 0)
+        found = rows[there]
+        there = there[np.lexsort((index.starts[found], index.shard[found]))]
+
+        def read(some: np.ndarray) -> None:
+            for place in some:
+                batch = arrays[owner[place]]
+                fields = {name: array[within[place]] for name, array in batch.items()}
+                self.cache.read_into(shards, int(rows[place]), fields)
+
+        turns = range(0, len(there), RECORDS_A_TURN)
+        for done in [pool.submit(read, there[at : at + RECORDS_A_TURN]) for at in turns]:
             done.result()
         return batches
 
-    def _allocate(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
-        index = self.cache.index
+    def _allocate(self, places: np.ndarray, view: int) -> dict:
+        index, is_pinned = self.cache.index, torch.cuda.is_available()
         batch = {
-            "clip_id": torch.from_numpy(index.clip_ids[rows]),
-            "view": torch.from_numpy(index.views[rows]),
+            "clip_id": torch.from_numpy(self.cache.clip_ids[places]),
+            "view": torch.full((len(places),), view),
         }
+        memory = None if is_pinned else self._buffers.take()
         for field in index.fields:
-            batch[field.name] = torch.empty(
-                (len(rows), *field.shape),
-                dtype=TORCH[field.dtype],
-                pin_memory=torch.cuda.is_available(),
-            )
+            shape = (len(places), *field.shape)
+            if is_pinned:  # torch keeps pinned memory of its own for the next batch
+                batch[field.name] = torch.empty(shape, dtype=TORCH[field.dtype], pin_memory=True)
+            else:
+                start = self._places[field.name]
+                part = memory[start : start + len(places) * field.size_bytes]
+                batch[field.name] = torch.from_numpy(part.view(field.dtype).reshape(shape))
         return batch
 
-    def _read_places(self, places: list[tuple[int, dict, int]]) -> None:
-        index = self.cache.index
-        begin = 0
-        while begin < len(places):
-            number = index.shard[places[begin][0]]
-            end = begin
-            with ShardReader(index.shards[number]) as shard:
-                while end < len(places) and index.shard[places[end][0]] == number:
-                    row, batch, place = places[end]
-                    arrays = {
-                        field.name: batch[field.name][place].numpy() for field in index.fields
-                    }
-                    self.cache.read_into(shard, row, arrays)
-                    end += 1
-            begin = end
+
+def _find_rows(index: CacheIndex, clip_ids: np.ndarray, num_views: int) -> np.ndarray:
+    """Places int64 [C,V] of the clips' records in the index, -1 for one that is not there."""
+    order = np.argsort(clip_ids, kind="stable")  # sorted ids are found several times as fast
+    rows = np.empty((len(clip_ids), num_views), np.int64)
+    for view in range(num_views):
+        rows[order, view] = index.find(clip_ids[order], view)
+    return rows

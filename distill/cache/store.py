@@ -8,6 +8,7 @@ is complete. Nothing here retries, locks or keeps a listing.
 import contextlib
 import errno
 import hashlib
+import mmap
 import os
 import re
 import socket
@@ -50,7 +51,7 @@ class LocalFolder:
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Bytes of each file whose name begins so, sorted by name; none where no folder is."""
         found = {}
-        with _reported(self.url, "listed"):
+        with reported(self.url, "listed"):
             try:
                 with os.scandir(self.path) as entries:
                     for entry in entries:
@@ -64,24 +65,29 @@ class LocalFolder:
         return dict(sorted(found.items()))
 
     def read(self, name: str) -> bytes:
-        with _reported(self.at(name), "read"):
+        with reported(self.at(name), "read"):
             return self._path(name).read_bytes()
 
     def read_range(self, name: str, start: int, size: int) -> bytes:
         """Bytes of a file from `start` on, fewer than `size` only at its end."""
-        with _reported(self.at(name), "read"), self._path(name).open("rb") as file:
+        with reported(self.at(name), "read"), self._path(name).open("rb") as file:
             file.seek(start)
             return file.read(size)
 
+    def map(self, name: str) -> memoryview:
+        """A whole file that is not empty, in memory that the system may take back any time."""
+        with reported(self.at(name), "read"), self._path(name).open("rb") as file:
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
     def write(self, name: str, content: bytes) -> None:
         """Make or replace a file."""
-        with _reported(self.at(name), "written"), self._draft(content) as draft:
+        with reported(self.at(name), "written"), self._draft(content) as draft:
             os.replace(draft, self._path(name))
             sync_folder(self.path)
 
     def create(self, name: str, content: bytes) -> bool:
         """Make a file that is not there yet; False, and nothing done, where it is."""
-        with _reported(self.at(name), "written"), self._draft(content) as draft:
+        with reported(self.at(name), "written"), self._draft(content) as draft:
             try:
                 os.link(draft, self._path(name))  # unlike a rename, it replaces no file
             except FileExistsError:
@@ -91,7 +97,7 @@ class LocalFolder:
 
     def commit(self, path: Path, name: str) -> None:
         """Give a finished file of `scratch` its name, durably; it is gone from where it was."""
-        with _reported(self.at(name), "written"):
+        with reported(self.at(name), "written"):
             handle = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(handle)
@@ -102,13 +108,13 @@ class LocalFolder:
 
     def scratch(self) -> Path:
         """A local folder, made where it is missing, for files that are still being written."""
-        with _reported(self.url, "made"):
+        with reported(self.url, "made"):
             self.path.mkdir(parents=True, exist_ok=True)
         return self.path
 
     def delete(self, name: str) -> None:
         """Remove a file; nothing where there is none."""
-        with _reported(self.at(name), "deleted"):
+        with reported(self.at(name), "deleted"):
             self._path(name).unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
@@ -134,7 +140,7 @@ class RemoteFolder:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        with _reported(self.url, "opened"):
+        with reported(self.url, "opened"):
             self._files, self._root = fsspec.url_to_fs(self.url)
 
     def __str__(self) -> str:
@@ -144,12 +150,12 @@ class RemoteFolder:
         return f"{self.url}/{_checked(name)}"
 
     def exists(self) -> bool:
-        with _reported(self.url, "listed"):
+        with reported(self.url, "listed"):
             self._files.invalidate_cache()
             return self._files.exists(self._root)
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
-        with _reported(self.url, "listed"):
+        with reported(self.url, "listed"):
             self._files.invalidate_cache()  # others write here too
             try:
                 entries = self._files.ls(self._root, detail=True)
@@ -163,21 +169,24 @@ class RemoteFolder:
         return dict(sorted(item for item in found.items() if item[0].startswith(prefix)))
 
     def read(self, name: str) -> bytes:
-        with _reported(self.at(name), "read"):
+        with reported(self.at(name), "read"):
             return self._files.cat_file(self._path(name))
 
     def read_range(self, name: str, start: int, size: int) -> bytes:
         if not size:
             return b""
-        with _reported(self.at(name), "read"):
+        with reported(self.at(name), "read"):
             return self._files.cat_file(self._path(name), start=start, end=start + size)
 
+    def map(self, name: str) -> memoryview:
+        return memoryview(self.read(name))
+
     def write(self, name: str, content: bytes) -> None:
-        with _reported(self.at(name), "written"):
+        with reported(self.at(name), "written"):
             self._files.pipe_file(self._path(name), content)
 
     def create(self, name: str, content: bytes) -> bool:
-        with _reported(self.at(name), "written"):
+        with reported(self.at(name), "written"):
             try:
                 self._files.pipe_file(self._path(name), content, mode="create")
             except FileExistsError:
@@ -185,7 +194,7 @@ class RemoteFolder:
         return True
 
     def commit(self, path: Path, name: str) -> None:
-        with _reported(self.at(name), "written"):
+        with reported(self.at(name), "written"):
             self._files.put_file(str(path), self._path(name))
             self._files.invalidate_cache()
             found, size = self._files.info(self._path(name))["size"], path.stat().st_size
@@ -196,14 +205,14 @@ class RemoteFolder:
     def scratch(self) -> Path:
         place = hashlib.sha256(self.url.encode()).hexdigest()[:16]
         path = Path(tempfile.gettempdir()) / f"distill-{os.getuid()}-{place}"
-        with _reported(str(path), "made"):
+        with reported(str(path), "made"):
             path.mkdir(mode=0o700, exist_ok=True)
             if path.stat().st_uid != os.getuid():
                 raise PermissionError(errno.EPERM, "it is another user's")
         return path
 
     def delete(self, name: str) -> None:
-        with _reported(self.at(name), "deleted"), contextlib.suppress(FileNotFoundError):
+        with reported(self.at(name), "deleted"), contextlib.suppress(FileNotFoundError):
             self._files.rm_file(self._path(name))
 
     def _path(self, name: str) -> str:
@@ -281,8 +290,8 @@ def sync_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _reported(where: str, verb: str) -> Iterator[None]:
-    """Turn what a store says into one line."""
+def reported(where: str, verb: str) -> Iterator[None]:
+    """Turn what a store says within the block into a StateError of one line."""
     try:
         yield
     except _store_errors() as error:
@@ -294,7 +303,9 @@ def _reported(where: str, verb: str) -> Iterator[None]:
         elif number in _FORBIDDEN or isinstance(error, PermissionError):
             advice = "check the permissions of the folder and who you are there"
         elif isinstance(error, FileNotFoundError):
-            advice = "check that it is still there, and the folder or bucket above it"
+            advice = "check that the folder or bucket is there"
+            if verb == "read":
+                advice += "; run 'distill cache-teacher' again if the file is lost"
         else:
             advice = "check the disk or the connection and start again; what is committed stays"
         raise StateError(f"{where}: cannot be {verb} ({reason}); {advice}") from error

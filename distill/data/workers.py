@@ -39,6 +39,8 @@ class Quarantine:
 
     `entries` are dicts with id, name, path, line and reason, those of earlier runs included. Of
     these only the given `clips`, or all without any, count towards the share of `total`.
+    `earlier` are entries from elsewhere, `where` is what a message calls the place of all of
+    them, and `publish` is called after every new line of the file.
     """
 
     def __init__(
@@ -48,13 +50,18 @@ class Quarantine:
         total: int,
         max_share: float,
         clips: Sequence[Clip] | None = None,
+        earlier: Sequence[dict[str, int | str]] = (),
+        where: str | None = None,
+        publish: Callable[[], None] | None = None,
     ):
         self.path = path
-        self.entries: list[dict[str, int | str]] = []
+        self.entries: list[dict[str, int | str]] = list(earlier)
+        self._where = where or path
+        self._publish = publish
         self._total = total
         self._max_share = max_share
         if path is not None and path.exists():
-            self.entries = _read_entries(path)
+            self.entries += parse_entries(path.read_bytes(), where=str(path))
         self._ids = {entry["id"] for entry in self.entries}
         earlier = self._ids if clips is None else {clip.id for clip in clips if clip in self}
         self._num_counted = len(earlier)
@@ -84,6 +91,8 @@ class Quarantine:
                 self._is_mended = True
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            if self._publish is not None:
+                self._publish()
         self.check()
 
     def check(self) -> None:
@@ -94,8 +103,8 @@ class Quarantine:
                 f"data.max_quarantined={self._max_share:g} allows; the last: "
                 + str(self.entries[-1]["reason"])
                 + (
-                    f"; all are in {self.path}: mend them and delete that file, or raise the share"
-                    if self.path is not None
+                    f"; all are in {self._where}: mend them and delete it, or raise the share"
+                    if self._where is not None
                     else "; mend them, or raise the share"
                 )
             )
@@ -108,8 +117,8 @@ def _cut_half_line(path: Path) -> None:
         os.truncate(path, data.rfind(b"\n") + 1)
 
 
-def _read_entries(path: Path) -> list[dict[str, int | str]]:
-    data = path.read_bytes()
+def parse_entries(data: bytes, *, where: str) -> list[dict[str, int | str]]:
+    """The entries in a quarantine's file; raises InputError for one that is something else."""
     whole = data[: data.rfind(b"\n") + 1]  # a killed run may have left half a line
     try:
         entries = [json.loads(line) for line in whole.splitlines()]
@@ -117,7 +126,7 @@ def _read_entries(path: Path) -> list[dict[str, int | str]]:
             return entries
     except (ValueError, KeyError, TypeError):
         pass
-    raise InputError(f"{path}: not a quarantine list; remove it to try all clips again")
+    raise InputError(f"{where}: not a quarantine list; remove it to try all clips again")
 
 
 class ClipLoader:
