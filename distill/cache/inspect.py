@@ -116,7 +116,7 @@ def open_any(folder: str | Path | Folder) -> OpenedCache:
             f"cache {folder}: {MEANS_FILE} is not there, without which its codes say nothing; put "
             "it back, or delete the folder and run 'distill cache-teacher' again"
         )
-    cache = Cache(folder, load_index(folder, written), np.empty((0, 0), np.int64), codec=codec)
+    cache = Cache(folder, load_index(folder, written), np.empty((0, 1), np.int64), codec=codec)
     return OpenedCache(cache, identity)
 
 
