@@ -234,7 +234,7 @@ def noise_response(found: dict[str, dict[int, dict]], name: str) -> dict[str, tu
         products = sum(NOISE[arm] * rise[arm] for arm in NOISE)
         slopes.append(100 * products / base / sum(noise**2 for noise in NOISE.values()))
     mean, half = interval(slopes)
-    return {arm: (mean * NOISE[arm], half * NOISE[arm]) for arm in arms}
+    return {arm: (mean * NOISE[arm], half * NOISE[arm]) for arm in NOISE}
 
 
 def interval(values: list[float]) -> tuple[float, float]:
