@@ -256,6 +256,41 @@ def test_plan_of_a_study_has_a_part_for_each_stage(recipe):
     assert {name: part["steps"] for name, part in figures.items()} == {"a": 2, "b": 5}
 
 
+def test_plan_of_students_has_a_part_for_each_and_one_for_all():
+    figures = json.loads(run("plan", "SBL14", "--json").output)
+    steps = {name: part["steps"] for name, part in figures["students"].items()}
+    assert steps == {"S14": 26_900, "B14": 26_900, "L14": 53_800}
+    assert figures["together"]["students"] == ["S14", "B14", "L14"]
+    result = run("plan", "SBL14")
+    assert result.output.index("SBL14/L14") < result.output.index("SBL14, together")
+    assert "read once for all" in result.output
+
+
+def test_what_students_lack_is_told_once():
+    result = run("train", "SBL14", "students.B14.model.weights={checkpoint: b.pt}")
+    assert result.exit_code == 2
+    keys = [line.split(":")[1].strip() for line in result.stderr.splitlines()]
+    assert keys == [
+        "data.train.list",
+        "objective.teacher.weights.checkpoint",
+        "students.B14.model.weights.checkpoint",
+    ]
+
+
+def test_the_cache_of_students_is_made_once(monkeypatch):
+    calls = []
+
+    def build(loaded, **_):
+        calls.append(loaded.name)
+        return type("Report", (), {"lines": lambda self: ["cache c: done"]})()
+
+    monkeypatch.setattr("distill.cache.build.build_cache", build)
+    Path("l.csv").write_text("a.mp4 1\n")
+    overrides = ["data.train.list=l.csv", "objective.teacher.weights.checkpoint=l.csv"]
+    result = run("cache-teacher", "SBL14", *overrides)
+    assert (result.exit_code, calls) == (0, ["SBL14/S14"])
+
+
 def test_schema_is_json():
     schema = json.loads(run("schema").output)
     assert schema["properties"]["optim"]["$ref"] == "#/$defs/Optim"

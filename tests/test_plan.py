@@ -3,7 +3,7 @@
 import pytest
 
 from distill.errors import InputError
-from distill.plan import make_plan, plan_rows
+from distill.plan import make_plan, plan_rows, plan_together, together_rows
 from distill.recipe_file import load_recipe
 
 
@@ -176,6 +176,24 @@ def test_rows_say_it_in_words(plans):
     assert rows["as published"].startswith("0.8415 TFLOP a clip")
     assert rows["cache"] == "32.81 TB for 8 views of every clip"
     assert rows["break-even"] == "after epoch 8 of 100"
+
+
+def test_students_together_read_once_and_hold_all_weights(plans):
+    plan = plan_together("all", plans)
+    assert (plan.students, plan.batch_size) == (("S14", "B14", "L14"), 4096)
+    assert plan.epoch_bytes == plans["S14"].cache.view_bytes * 1_100_000
+    others = 16e-9 * (29_169_792 + 102_252_288)
+    assert plan.memory_gb == pytest.approx(plans["L14"].memory_gb + others)
+    assert plan.hours == pytest.approx(sum(one.hours for one in plans.values()))
+    assert plan.build_hours == plans["S14"].cache.build_hours
+    step = 0.0730 + 0.2565 + 0.8376
+    per_clip = 1.1e6 / 400 / 3600
+    assert plan.live_hours == pytest.approx(100 * per_clip * (3 * 5.1014 + step), rel=1e-4)
+    assert plan.live_together_hours == pytest.approx(100 * per_clip * (5.1014 + step), rel=1e-4)
+    rows = dict(together_rows(plan))
+    assert rows["records"] == "4.10 TB an epoch, read once for all, 4,096 at a time"
+    assert rows["  live, a run each"] == "1,258.2 hours; with the cache 10.5 times faster"
+    assert rows["  live, one run"] == "478.8 hours; with the cache 4.0 times faster"
 
 
 def test_small_jobs_are_told_in_small_units():

@@ -8,7 +8,7 @@ import yaml
 
 from distill import recipe_file
 from distill.errors import InputError
-from distill.recipe import Recipe, Study
+from distill.recipe import Recipe, Students, Study
 from distill.recipe_check import missing_inputs
 from distill.recipe_file import (
     differences,
@@ -19,6 +19,7 @@ from distill.recipe_file import (
     recipe_schema,
     shipped_recipes,
 )
+from distill.recipe_yaml import parse_yaml
 
 DISTILL = """\
 data:
@@ -211,6 +212,24 @@ def test_exponents_are_numbers_and_whole_ones_are_integers():
 def test_file_that_is_no_recipe_is_refused_with_its_line(text, message):
     (line,) = mistakes(text)
     assert line.startswith(message)
+
+
+def test_merge_keys_take_over_what_is_not_given():
+    text = CLASSIFY.replace(
+        "optim:\n  lr: 1e-3\n  batch_size: 8\n  epochs: 2\n",
+        "optim: &some {lr: 1e-3, batch_size: 8, epochs: 2}\n"
+        "stages:\n  a: {}\n  b: {optim: {<<: *some, lr: 3}}\n",
+    )
+    stages = load_recipe(write("r.yaml", text)).stages
+    assert [(one.optim.lr, one.optim.epochs) for one in stages.values()] == [(1e-3, 2), (3, 2)]
+
+
+def test_keys_given_twice_are_found_before_they_are_merged():
+    text = "a: {b: {c: &c {x: 1, <<: {x: 2, y: 3}}}}\nd: {<<: *c}\n"
+    assert parse_yaml(text, "r") == {"a": {"b": {"c": {"x": 1, "y": 3}}}, "d": {"x": 1, "y": 3}}
+    for wrong in ("a: {b: {c: &c {x: 1, x: 2}}}\nd: {<<: *c}\n", "a: {<<: {x: 1, x: 2}}\n"):
+        with pytest.raises(InputError, match="^r:1: not valid YAML: 'x' is given twice$"):
+            parse_yaml(wrong, "r")
 
 
 def test_binary_file_is_refused():
@@ -432,6 +451,130 @@ def test_sections_that_contradict_each_other_are_found(text, override, line):
     assert line in mistakes(text, override)
 
 
+def write_students(shared: str = "", *, second: str = "optim: {batch_size: 32}") -> str:
+    """A recipe of two students, `one` and `two`, both in the folder a."""
+    write("a/one.yaml", "name: other\n" + DISTILL)
+    write("a/two.yaml", f"base: one.yaml\n{second}\n")
+    return write("a/both.yaml", f"students: [one, two]\n{shared}")
+
+
+def student_mistakes(shared: str, *overrides: str, second: str = "") -> list[str]:
+    path = write_students(shared, second=second)
+    with pytest.raises(InputError) as error:
+        load_recipe(path, overrides)
+    return str(error.value).splitlines()
+
+
+def test_students_take_their_own_recipes_under_the_shared_sections():
+    path = write_students("run: {folder: 'out/{name}', seed: 3}\noptim: {epochs: 7}\n")
+    students = load_recipe(path)
+    assert isinstance(students, Students)
+    assert (students.name, students.run.folder) == ("both", "out/both")
+    one, two = students.students.values()
+    assert (one.name, one.run.folder) == ("both/one", "out/both/one")
+    assert (two.name, two.run.folder) == ("both/two", "out/both/two")
+    assert [(r.optim.batch_size, r.optim.epochs, r.run.seed) for r in (one, two)] == [
+        (64, 7, 3),
+        (32, 7, 3),
+    ]
+
+
+def test_overrides_hold_for_all_students_or_for_one():
+    overrides = ["students.two.optim.lr=5e-4", "optim.lr=2e-3", "run.folder=o", "data.workers=1"]
+    one, two = load_recipe(write_students(), overrides).students.values()
+    assert (one.optim.lr, two.optim.lr) == (2e-3, 5e-4)
+    assert (one.data.workers, two.data.workers, two.run.folder) == (1, 1, "o/two")
+
+
+def test_an_override_chooses_the_students():
+    students = load_recipe(write_students(), ["students=[two]", "students.two.optim.epochs=3"])
+    assert {name: one.optim.epochs for name, one in students.students.items()} == {"two": 3}
+
+
+def test_a_student_is_a_recipe_beside_the_file_or_a_shipped_one():
+    write("a/S14.yaml", DISTILL.replace("epochs: 10", "epochs: 4"))
+    path = write("a/r.yaml", "students: [S14, ../b/x.yaml]\n")
+    write("b/x.yaml", "base: ../a/S14.yaml\n")
+    students = load_recipe(path).students
+    assert {name: one.optim.epochs for name, one in students.items()} == {"S14": 4, "x": 4}
+    shipped = load_recipe(write("c/r.yaml", "students: [S14, B14]\n")).students
+    assert [one.model.size for one in shipped.values()] == ["S14", "B14"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("students: one", "r.yaml: students: expected a list of recipes, such as [S14, B14]"),
+        ("students: []", "r.yaml: students: expected a list of recipes, such as [S14, B14]"),
+        ("students: [one, x]", "r.yaml: students: x: no such file. Shipped recipes: B14, "),
+        ("students: [one, one]", "r.yaml: students: one: expected a plain name, and each only"),
+        ("students: [one, r]", "r.yaml: students: r is several recipes, expected one of one "),
+        (
+            "students: [one]\nstages: {a: {}}",
+            "r.yaml: students: unknown key; known here: name, run",
+        ),
+    ],
+)
+def test_what_names_no_student_is_refused(text, line):
+    write("one.yaml", DISTILL)
+    if "stages" in text:
+        text += "\n" + DISTILL
+    assert mistakes(text)[0].startswith(line)
+
+
+def test_mistakes_of_students_name_the_file_they_are_in():
+    lines = student_mistakes(
+        "optim: {lrr: 1}\n", "students.three.optim.lr=1", "students.two.run.folder=x",
+        "students.one.optim.epochs=few", second="model: {size: S15}",
+    )  # fmt: skip
+    assert lines == [
+        "students.three.optim.lr=1: expected students.NAME.section.key=value, NAME of one, two",
+        "students.two.run.folder=x: follows from the name and run.folder of the whole recipe",
+        'students.one.optim.epochs=few: must be a valid integer, got "few"',
+        "a/both.yaml: optim.lrr: unknown key, did you mean 'lr'?",
+        "a/two.yaml: model.size: must be 'S14', 'B14', 'L14', '1B' or '6B', got \"S15\", "
+        "did you mean 'S14'?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("setting", "found", "other"),
+    [
+        ("run.seed", "1", "0"),
+        ("data.train.list", '"l.csv"', '"clips.csv"'),
+        ("data.train.share", "0.5", "1.0"),
+        ("data.views.frames", "4", "8"),
+        ("objective.mask.ratio", "0.5", "0.8"),
+        ("objective.teacher.layers", "3", "6"),
+        ("objective.cache.views", "2", "8"),
+        ("objective.cache.folder", '"x"', '"caches/c"'),
+        ("objective.cache.codes", '"fp16"', '"8bit"'),
+    ],
+)
+def test_students_agree_on_all_that_they_read(setting, found, other):
+    override = f"students.two.{setting}={found}"
+    assert student_mistakes("", override) == [
+        f"{override}: is {found} for two, but {other} for one"
+    ]
+
+
+def test_students_learn_from_cached_targets():
+    override = "students.two.objective.targets=live"
+    assert student_mistakes("", override) == [
+        f"{override}: must be 'cached' for students of one recipe"
+    ]
+    classify = "data: {test: {list: t.csv}}\nobjective: {kind: classify, num_classes: 5}"
+    assert student_mistakes("", second=classify) == [
+        "a/two.yaml: objective.kind: must be 'distill', as two is a student"
+    ]
+
+
+def test_batches_of_students_divide_the_largest():
+    assert student_mistakes("", second="optim: {batch_size: 48}") == [
+        "a/two.yaml: optim.batch_size: 48 of two must divide the 64 of one"
+    ]
+
+
 @pytest.mark.parametrize("text", [DISTILL, CLASSIFY, STUDY])
 def test_dumped_recipe_reads_back_equal(text):
     loaded = load_recipe(write("r.yaml", text), ["optim.lr=3e-5"])
@@ -463,6 +606,20 @@ def test_differences_name_settings_and_both_values():
         "data.views.sampling.stride_frames: null, now 4",
         "optim.lr: 0.001, now 0.002",
         "run.seed: 0, now 1",
+    ]
+
+
+def test_weights_known_by_their_hash_may_lie_anywhere():
+    """As a file beside a recipe does after the checkout was moved."""
+    here, there, other = (
+        load_recipe(write("r.yaml", CLASSIFY), [f"model.weights={{checkpoint: {path}, {known}}}"])
+        for path, known in (("a/w.pt", "sha256: ab"), ("b/w.pt", "sha256: ab"), ("b/w.pt", ""))
+    )
+    assert differences(here, there) == []
+    assert recipe_hash(here) == recipe_hash(there)
+    assert differences(there, other) == [
+        'model.weights.checkpoint: null, now "b/w.pt"',
+        'model.weights.sha256: "ab", now null',
     ]
 
 

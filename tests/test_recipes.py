@@ -7,7 +7,7 @@ import torch
 
 from distill.models import build_model
 from distill.recipe import Recipe
-from distill.recipe_file import load_recipe, shipped_recipes
+from distill.recipe_file import load_recipe, recipe_hash, shipped_recipes
 from distill.students.vit import SIZES
 
 SHIPPED = shipped_recipes()
@@ -71,6 +71,15 @@ def test_distillation_settings_are_the_published_ones(name, batch_size, micro_ba
 def test_students_of_one_teacher_share_one_cache():
     sections = [load_recipe(name).objective.cache for name in ("S14", "B14", "L14")]
     assert sections[0] == sections[1] == sections[2]
+
+
+def test_students_together_are_those_of_their_own_recipes():
+    together = load_recipe("SBL14").students
+    assert list(together) == ["S14", "B14", "L14"]
+    for name, recipe in together.items():
+        alone = load_recipe(name)
+        assert recipe_hash(recipe) == recipe_hash(alone)
+        assert recipe.objective.cache == alone.objective.cache
 
 
 def test_run_folders_do_not_collide():

@@ -1,5 +1,6 @@
 """Studies: stages in order, each from the weights of the one before, and one table."""
 
+import fcntl
 import json
 from pathlib import Path
 
@@ -130,6 +131,16 @@ def test_stage_that_was_trained_anew_with_the_same_result_keeps_what_follows(stu
     trained.clear()
     assert run_study(study)["stages"]["finetune"]["parameters"] == 3000
     assert Path("runs/s/teacher/model.safetensors").read_text() == weights
+
+
+def test_two_processes_do_not_run_the_same_study(study, trained):
+    folder = Path("runs/s")
+    folder.mkdir(parents=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(StateError, match="^runs/s: another process is training there; wait"):
+            run_study(study)
+    assert trained == []
 
 
 def test_files_of_ones_own_are_left_alone(study):
