@@ -29,8 +29,9 @@ def canonical(value) -> str:
 
 
 def arrays_digest(metadata: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> str:
-    """The checksum that seals metadata and arrays."""
-    checksum = xxhash.xxh3_64(canonical(dict(metadata)).encode())
+    """The checksum that seals metadata and arrays, with their names and dtypes."""
+    names = [[name, _NAMES[array.dtype]] for name, array in arrays.items()]
+    checksum = xxhash.xxh3_64(canonical([dict(metadata), names]).encode())
     for array in arrays.values():
         checksum.update(array.data)
     return checksum.hexdigest()
