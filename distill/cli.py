@@ -1,25 +1,26 @@
 """The command line. What a command needs is imported inside it, so that --help is quick."""
 
 import json
-import logging
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import Annotated
 
 import rich
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from distill.errors import InputError, StateError
-
-if TYPE_CHECKING:
-    from distill.recipe import Recipe, Students, Study
-
-EXIT_INPUT = 2  # as for a wrong option
-EXAMPLE = "quickstart"
+from distill.errors import InputError
+from distill.shell import (
+    EXIT_INPUT,
+    clean_exit,
+    configure_log,
+    load_inputs,
+    one_stage,
+    print_plain,
+    recipe_of_cache,
+    recipes_of,
+    resolved_stage,
+    say,
+)
 
 app = typer.Typer(
     help=(
@@ -34,6 +35,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+cache_app = typer.Typer(help="Look into a view cache and check it.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
 
 RecipeArgument = Annotated[
     str | None,
@@ -52,6 +56,9 @@ OverridesArgument = Annotated[
         show_default=False,
     ),
 ]
+FolderArgument = Annotated[
+    str, typer.Argument(metavar="FOLDER", help="A cache's folder, or its URL: s3://bucket/cache.")
+]
 
 
 @app.command()
@@ -62,8 +69,8 @@ def train(recipe: RecipeArgument = None, overrides: OverridesArgument = None) ->
     several students from one reading of a cache. The teacher's cache is made first where it is
     missing. Everything is written to run.folder. Ctrl-C saves and exits.
     """
-    with _clean_exit():
-        loaded = _load("train", recipe, overrides)
+    with clean_exit():
+        loaded = load_inputs("train", recipe, overrides)
         from distill.recipe import Students, Study
         from distill.study import results_table, run_students, run_study, table_rows
         from distill.train import train as train_recipe
@@ -74,12 +81,12 @@ def train(recipe: RecipeArgument = None, overrides: OverridesArgument = None) ->
         elif isinstance(loaded, Students):
             for name, summary in run_students(loaded)["students"].items():
                 loss = f", loss {summary['last']['loss']:.4f}" if summary["last"] else ""
-                _say(f"{name}: {summary['steps']:,} steps{loss}: {summary['weights']}")
+                say(f"{name}: {summary['steps']:,} steps{loss}: {summary['weights']}")
         else:
             rows = table_rows({loaded.name: train_recipe(loaded, Path(loaded.run.folder))})
         if rows:
             rich.print(results_table(rows, title=loaded.name))
-        _say(f"{loaded.run.folder}: done; summary.json holds the results")
+        say(f"{loaded.run.folder}: done; summary.json holds the results")
 
 
 @app.command()
@@ -105,20 +112,20 @@ def cache_teacher(
     Goes on where an earlier call stopped, and does nothing where all is there. With several GPUs:
     `torchrun --nproc-per-node 8 -m distill cache-teacher RECIPE`.
     """
-    with _clean_exit():
+    with clean_exit():
         from distill.dist import num_ranks, read_part
 
         part = read_part(shard)
         if num_ranks() > 1:
             rich.reconfigure(force_terminal=False)  # several bars cannot share a screen
-        loaded = _load("cache-teacher", recipe, overrides)
+        loaded = load_inputs("cache-teacher", recipe, overrides)
         from distill.cache.build import build_cache
         from distill.dist import use_own_gpu
 
         use_own_gpu()
-        for name, stage in _stages(loaded, with_cache=True).items():
-            for line in build_cache(_resolved(stage, loaded), limit=limit, part=part).lines():
-                _say(line if name is None else f"{name}: {line}")
+        for name, stage in recipes_of(loaded, with_cache=True).items():
+            for line in build_cache(resolved_stage(stage, loaded), limit=limit, part=part).lines():
+                say(line if name is None else f"{name}: {line}")
 
 
 @app.command()
@@ -142,11 +149,11 @@ def evaluate(
 
     Which list and how many views is said in the recipe's evaluate section.
     """
-    with _clean_exit():
-        loaded = _load("evaluate", recipe, overrides, stage=stage)
+    with clean_exit():
+        loaded = load_inputs("evaluate", recipe, overrides, stage=stage)
         from distill.evaluate import evaluate_recipe
 
-        one = _one_stage(loaded, stage)
+        one = one_stage(loaded, stage)
         path = Path(checkpoint or Path(one.run.folder) / "model.safetensors")
         if not path.exists():
             raise InputError(f"{path}: no such file; train first, or give --checkpoint FILE")
@@ -174,8 +181,8 @@ def plan(
     Parameters, steps, learning rate, FLOPs, bytes, memory and hours. Needs neither the videos nor
     the weights.
     """
-    with _clean_exit():
-        loaded = _load("plan", recipe, overrides)
+    with clean_exit():
+        loaded = load_inputs("plan", recipe, overrides)
         from dataclasses import asdict
 
         from distill.plan import (
@@ -189,7 +196,7 @@ def plan(
 
         plans = {
             name: make_plan(stage, sustained_tflops=tflops or SUSTAINED_TFLOPS)
-            for name, stage in _stages(loaded).items()
+            for name, stage in recipes_of(loaded).items()
         }
         tables = [(made.name, plan_rows(made)) for made in plans.values()]
         whole = {name: asdict(made) for name, made in plans.items()}
@@ -198,7 +205,7 @@ def plan(
             tables.append((f"{loaded.name}, together", together_rows(together)))
             whole = {"students": whole, "together": asdict(together)}
         if as_json:
-            _print_plain(json.dumps(whole.get(None, whole), indent=1))
+            print_plain(json.dumps(whole.get(None, whole), indent=1))
             return
         for title, rows in tables:
             table = Table(show_header=False, title=title, title_justify="left")
@@ -207,122 +214,92 @@ def plan(
             rich.print(table)
 
 
+@cache_app.command("inspect")
+def inspect_cache(
+    folder: FolderArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    sheet: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.png", help="Write some clips with their masks.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Say what a cache holds: settings, sizes, and statistics of some of its records.
+
+    Needs no recipe.
+    """
+    with clean_exit():
+        configure_log()
+        from distill.cache import inspect
+        from distill.cache.sheet import write_sheet
+
+        report = inspect.inspect_cache(folder)
+        if sheet:
+            write_sheet(folder, sheet)
+        if as_json:
+            print_plain(json.dumps(inspect.report_json(report), indent=1))
+            return
+        for part in inspect.report_lines(report):
+            rich.print(part)
+        if sheet:
+            say(f"{sheet}: clips with their masks")
+
+
+@cache_app.command("verify")
+def verify_cache(
+    folder: FolderArgument,
+    overrides: OverridesArgument = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RECIPE", help="Also compare with what it asks for.", show_default=False
+        ),
+    ] = None,
+    recompute: Annotated[
+        int, typer.Option(min=0, help="Make so many records of the recipe again, and compare.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Which records are made again.")] = 0,
+    delete_damaged: Annotated[
+        bool,
+        typer.Option("--delete-damaged", help="Delete damaged shards, to be made again."),
+    ] = False,
+) -> None:
+    """Read all of a cache and compare every record with its checksum.
+
+    Prints a line for each damaged file, and ends with exit code 2 where anything is wrong.
+    """
+    with clean_exit():
+        configure_log()
+        from distill.cache import inspect, verify
+        from distill.cache import recompute as again
+
+        one = recipe and recipe_of_cache(folder, recipe, overrides, reads_videos=recompute > 0)
+        if one is None and (recompute or overrides):
+            raise InputError("to make records again takes their recipe: give it by --recipe RECIPE")
+        report = verify.verify_cache(folder, recipe=one, delete_damaged=delete_damaged)
+        for line in report.lines():
+            say(line)
+        problems = report.problems
+        if recompute and not problems:
+            found = again.recompute(inspect.open_any(folder), one, recompute, seed=seed)
+            rich.print(again.recompute_table(found))
+            for line in again.recompute_lines(found):
+                say(line)
+            problems = found.problems
+        if problems:
+            print_plain("\n".join(problems), stderr=True)
+            raise typer.Exit(EXIT_INPUT)
+
+
 @app.command()
 def schema() -> None:
     """Print the JSON schema of recipes, for editors that complete and check YAML."""
     from distill.recipe_file import recipe_schema
 
-    _print_plain(json.dumps(recipe_schema(), indent=1))
+    print_plain(json.dumps(recipe_schema(), indent=1))
 
 
 def main() -> None:
     """What `distill` and `python -m distill` run."""
     app()
-
-
-def _load(
-    verb: Literal["train", "cache-teacher", "evaluate", "plan"],
-    name: str | None,
-    overrides: list[str] | None,
-    *,
-    stage: str | None = None,
-) -> "Recipe | Study | Students":
-    """The recipe, once all that `verb` will read is there."""
-    from distill import log
-    from distill.recipe import Students
-    from distill.recipe_check import missing_inputs
-    from distill.recipe_file import load_recipe, shipped_recipes
-
-    if name is None:
-        raise InputError(
-            f"name a recipe, as in: distill {verb} {EXAMPLE} "
-            f"(shipped: {', '.join(shipped_recipes())})"
-        )
-    loaded = load_recipe(name, overrides or ())
-    log.configure(logging.INFO)
-    if verb == "plan":
-        return loaded
-    stages = _stages(loaded, with_cache=verb == "cache-teacher")
-    if verb == "evaluate":
-        stages = {stage: _one_stage(loaded, stage)}
-    kind = "student" if isinstance(loaded, Students) else "stage"
-    lines = [
-        f"{name}: {line}"
-        for part, one in stages.items()
-        for line in missing_inputs(one, verb, **{kind: part})
-    ]
-    if lines:
-        raise InputError("\n".join(dict.fromkeys(lines)))  # students miss the same list
-    for demo in dict.fromkeys(one.data.demo for one in stages.values() if one.data.demo):
-        from distill.data.demo import make_demo
-
-        make_demo(demo)
-    return loaded
-
-
-def _stages(
-    loaded: "Recipe | Study | Students", *, with_cache: bool = False
-) -> "dict[str | None, Recipe]":
-    """The recipes by stage or student, or the one recipe under None.
-
-    `with_cache` leaves those that have one; all students have the same.
-    """
-    from distill.recipe import Distill, Students, Study
-
-    if isinstance(loaded, Students):
-        return {None: next(iter(loaded.students.values()))} if with_cache else loaded.students
-    if not isinstance(loaded, Study):
-        return {None: loaded}
-    return {
-        name: recipe
-        for name, recipe in loaded.stages.items()
-        if not with_cache or (isinstance(recipe.objective, Distill) and recipe.objective.cache)
-    }
-
-
-def _one_stage(loaded: "Recipe | Study | Students", stage: str | None) -> "Recipe":
-    stages = _stages(loaded)
-    if stage not in stages:
-        known = ", ".join(name for name in stages if name)
-        problem = f"choose one with --stage: {known}" if known else "has no stages; leave --stage"
-        raise InputError(f"{loaded.name}: {problem}")
-    return stages[stage]
-
-
-def _resolved(recipe: "Recipe", loaded: "Recipe | Study | Students") -> "Recipe":
-    from distill.recipe import Study
-    from distill.study import resolve_stages
-
-    return resolve_stages(recipe, loaded) if isinstance(loaded, Study) else recipe
-
-
-@contextmanager
-def _clean_exit() -> Iterator[None]:
-    """Errors of the person at the shell as lines; SIGTERM as an exception, so that workers end."""
-    before = signal.signal(signal.SIGTERM, _terminate)
-    from distill.students.warmstart import WeightsError
-
-    try:
-        yield
-    except (InputError, StateError, WeightsError) as error:
-        _print_plain(str(error), stderr=True)
-        raise typer.Exit(EXIT_INPUT) from None
-    except KeyboardInterrupt:
-        _print_plain("Interrupted; the same command goes on from here.", stderr=True)
-        raise typer.Exit(128 + signal.SIGINT) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _terminate(signum: int, _: object) -> NoReturn:
-    raise SystemExit(128 + signum)
-
-
-def _say(text: str) -> None:
-    rich.get_console().print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _print_plain(text: str, *, stderr: bool = False) -> None:
-    """Exactly the text, whatever the width of the terminal."""
-    console = Console(stderr=stderr)
-    console.print(text, markup=False, highlight=False, soft_wrap=True, emoji=False)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -240,6 +240,11 @@ def layer_statistics(
             )
         )
     return statistics
+
+
+def report_json(report: CacheReport) -> dict:
+    """The report in JSON values."""
+    return {**asdict(report), "clip_bytes": report.clip_bytes}
 
 
 def report_lines(report: CacheReport) -> Iterator[RenderableType]:

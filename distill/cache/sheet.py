@@ -4,7 +4,8 @@ import numpy as np
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 
-from distill.cache.inspect import OpenedCache, sample_rows, visible_tokens
+from distill.cache.inspect import OpenedCache, open_any, sample_rows, visible_tokens
+from distill.errors import InputError
 from distill.students.vit import PATCH
 
 SHEET_RECORDS = 6
@@ -42,6 +43,17 @@ def contact_sheet(opened: OpenedCache, *, count: int = SHEET_RECORDS, seed: int 
             image = Image.fromarray(pixels).resize((side * zoom,) * 2, Image.Resampling.NEAREST)
             sheet.paste(image, (MARGIN + frame * (side * zoom + GAP), top + TITLE))
     return sheet
+
+
+def write_sheet(folder: str, path: str) -> None:
+    """Write the contact sheet of a cache as a PNG; raises InputError where that cannot be."""
+    if not path.lower().endswith(".png"):
+        raise InputError(f"{path}: a contact sheet is a PNG; give it a name that ends in .png")
+    image = contact_sheet(open_any(folder))
+    try:
+        image.save(path, format="PNG")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def draw_frames(opened: OpenedCache, arrays: dict[str, np.ndarray], seen: np.ndarray) -> np.ndarray:

@@ -1,0 +1,165 @@
+"""What all commands share: a recipe by its name, and errors as lines with an exit code."""
+
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal, NoReturn
+
+import rich
+import typer
+from rich.console import Console
+
+from distill.errors import InputError, StateError
+
+if TYPE_CHECKING:
+    from distill.recipe import Recipe, Students, Study
+
+EXIT_INPUT = 2  # as for a wrong option
+EXAMPLE = "quickstart"
+
+
+def load_inputs(
+    verb: Literal["train", "cache-teacher", "evaluate", "plan"],
+    name: str | None,
+    overrides: list[str] | None,
+    *,
+    stage: str | None = None,
+) -> "Recipe | Study | Students":
+    """The recipe, once all that `verb` will read is there; raises InputError otherwise."""
+    from distill.recipe import Students
+    from distill.recipe_check import missing_inputs
+    from distill.recipe_file import load_recipe, shipped_recipes
+
+    if name is None:
+        raise InputError(
+            f"name a recipe, as in: distill {verb} {EXAMPLE} "
+            f"(shipped: {', '.join(shipped_recipes())})"
+        )
+    loaded = load_recipe(name, overrides or ())
+    configure_log()
+    if verb == "plan":
+        return loaded
+    stages = recipes_of(loaded, with_cache=verb == "cache-teacher")
+    if verb == "evaluate":
+        stages = {stage: one_stage(loaded, stage)}
+    kind = "student" if isinstance(loaded, Students) else "stage"
+    lines = [
+        f"{name}: {line}"
+        for part, one in stages.items()
+        for line in missing_inputs(one, verb, **{kind: part})
+    ]
+    if lines:
+        raise InputError("\n".join(dict.fromkeys(lines)))  # students miss the same list
+    for demo in dict.fromkeys(one.data.demo for one in stages.values() if one.data.demo):
+        from distill.data.demo import make_demo
+
+        make_demo(demo)
+    return loaded
+
+
+def recipe_of_cache(
+    folder: str, name: str, overrides: list[str] | None, *, reads_videos: bool
+) -> "Recipe":
+    """The recipe of a cache, in a study the stage whose cache that is.
+
+    With `reads_videos`, once all that making its records again takes is there.
+    """
+    from distill.cache.store import open_folder
+    from distill.recipe_check import missing_inputs
+    from distill.recipe_file import load_recipe
+
+    loaded = load_recipe(name, overrides or ())
+    found = recipes_of(loaded, with_cache=True)
+    if len(found) > 1:
+        where = open_folder(folder).url
+        found = {
+            stage: one
+            for stage, one in found.items()
+            if open_folder(one.objective.cache.folder).url == where
+        }
+    if not found:
+        raise InputError(f"{name}: no stage has its cache in {folder}; set objective.cache.folder")
+    stage, one = next(iter(found.items()))
+    lines = missing_inputs(one, "cache-teacher", stage=stage) if reads_videos else []
+    if lines:
+        raise InputError("\n".join(f"{name}: {line}" for line in lines))
+    return resolved_stage(one, loaded)
+
+
+def configure_log() -> None:
+    """Show what the package logs."""
+    from distill import log
+
+    log.configure(logging.INFO)
+
+
+def recipes_of(
+    loaded: "Recipe | Study | Students", *, with_cache: bool = False
+) -> "dict[str | None, Recipe]":
+    """The recipes by stage or student, or the one recipe under None.
+
+    `with_cache` leaves those that have one; all students have the same.
+    """
+    from distill.recipe import Distill, Students, Study
+
+    if isinstance(loaded, Students):
+        return {None: next(iter(loaded.students.values()))} if with_cache else loaded.students
+    if not isinstance(loaded, Study):
+        return {None: loaded}
+    return {
+        name: recipe
+        for name, recipe in loaded.stages.items()
+        if not with_cache or (isinstance(recipe.objective, Distill) and recipe.objective.cache)
+    }
+
+
+def one_stage(loaded: "Recipe | Study | Students", stage: str | None) -> "Recipe":
+    """The stage of this name, or the recipe where there are none; raises InputError otherwise."""
+    stages = recipes_of(loaded)
+    if stage not in stages:
+        known = ", ".join(name for name in stages if name)
+        problem = f"choose one with --stage: {known}" if known else "has no stages; leave --stage"
+        raise InputError(f"{loaded.name}: {problem}")
+    return stages[stage]
+
+
+def resolved_stage(recipe: "Recipe", loaded: "Recipe | Study | Students") -> "Recipe":
+    """A stage with the files of its study's other stages in place of their names."""
+    from distill.recipe import Study
+    from distill.study import resolve_stages
+
+    return resolve_stages(recipe, loaded) if isinstance(loaded, Study) else recipe
+
+
+@contextmanager
+def clean_exit() -> Iterator[None]:
+    """Errors of the person at the shell as lines; SIGTERM as an exception, so that workers end."""
+    before = signal.signal(signal.SIGTERM, _terminate)
+    from distill.students.warmstart import WeightsError
+
+    try:
+        yield
+    except (InputError, StateError, WeightsError) as error:
+        print_plain(str(error), stderr=True)
+        raise typer.Exit(EXIT_INPUT) from None
+    except KeyboardInterrupt:
+        print_plain("Interrupted; the same command goes on from here.", stderr=True)
+        raise typer.Exit(128 + signal.SIGINT) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(signum: int, _: object) -> NoReturn:
+    raise SystemExit(128 + signum)
+
+
+def say(text: str) -> None:
+    """Write a line of results."""
+    rich.get_console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_plain(text: str, *, stderr: bool = False) -> None:
+    """Exactly the text, whatever the width of the terminal."""
+    console = Console(stderr=stderr)
+    console.print(text, markup=False, highlight=False, soft_wrap=True, emoji=False)
