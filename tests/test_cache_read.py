@@ -1,6 +1,10 @@
+import dataclasses
+import gc
 import json
+import os
 import re
 import threading
+import uuid
 
 import numpy as np
 import pytest
@@ -9,6 +13,8 @@ from test_cache_identity import recipe
 
 from distill import draw
 from distill.cache import read as cache_read
+from distill.cache import shards as cache_shards
+from distill.cache.buffers import BufferPool
 from distill.cache.identity import cache_identity
 from distill.cache.read import Cache, CachedBatches
 from distill.cache.shards import Field, ShardReader, ShardWriter
@@ -281,3 +287,230 @@ def test_a_shard_that_goes_away_stops_the_epoch(tmp_path):
     with pytest.raises(StateError, match="cannot be read .No such file or directory.; check that"):
         for epoch in (0, 1):
             list(CachedBatches(cache, batch_size=5, seed=0).epoch(epoch))
+
+
+def test_memory_of_a_batch_is_used_again_once_its_tensors_are_gone(tmp_path):
+    ours, _, folder = make(tmp_path)
+    batches = CachedBatches(Cache.open(folder, ours), batch_size=1, seed=0)
+    batches.window = 1
+    places = {batch["codes"].data_ptr() for epoch in range(4) for batch in batches.epoch(epoch)}
+    assert 1 <= len(places) <= 5, "one is out, one waits, one is being read"
+
+
+@pytest.mark.parametrize("keep", ["tokens", "codes", "slice", "numpy"])
+def test_memory_that_is_still_looked_at_is_left_alone(tmp_path, keep):
+    """Any tensor or array that shares it keeps all of a batch's memory."""
+    ours, _, folder = make(tmp_path)
+    batches = CachedBatches(Cache.open(folder, ours), batch_size=2, seed=0)
+    batches.window = 1
+    kept = []
+    for batch in batches.epoch(0):
+        tensor = {"slice": batch["codes"][-1:, 0], "numpy": batch["codes"].numpy()}
+        tensor = tensor.get(keep, batch.get(keep))
+        kept.append((tensor, batch["clip_id"].tolist(), tensor + 0))
+        del batch, tensor
+    for epoch in range(1, 4):
+        list(batches.epoch(epoch))
+    assert len(kept) == -(-CLIPS // 2)
+    for tensor, clip_ids, expected in kept:
+        np.testing.assert_array_equal(np.asarray(tensor), np.asarray(expected))
+        name = "tokens" if keep == "tokens" else "codes"
+        clips = clip_ids[-1:] if keep == "slice" else clip_ids
+        right = np.stack([values(clip, 0)[name] for clip in clips])
+        np.testing.assert_array_equal(np.asarray(tensor), right[:, 0] if keep == "slice" else right)
+
+
+def test_unused_memory_is_bounded():
+    pool = BufferPool(4096, keep=3)
+    taken = [pool.take() for _ in range(10)]
+    assert len({piece.ctypes.data for piece in taken}) == 10
+    taken.clear()
+    gc.collect()
+    assert len(pool._unused) == 3
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_ranks_together_read_what_one_reads(tmp_path, world_size):
+    ours, _, folder = make(tmp_path)
+    cache = Cache.open(folder, ours)
+    whole = list(CachedBatches(cache, batch_size=6, seed=1).epoch(1))
+    ranks = [
+        list(CachedBatches(cache, batch_size=6, seed=1, rank=r, world_size=world_size).epoch(1))
+        for r in range(world_size)
+    ]
+    for batch, *parts in zip(whole, *ranks, strict=True):
+        sizes = [len(part["clip_id"]) for part in parts]
+        assert max(sizes) - min(sizes) <= 1
+        for name in ("clip_id", "view", "tokens", "codes"):
+            joined = torch.cat([part[name] for part in parts])
+            torch.testing.assert_close(joined, batch[name], rtol=0, atol=0)
+
+
+def gaps(tmp_path):
+    return make(tmp_path, keep=lambda clip, view: (clip + view) % 3 > 0)
+
+
+def test_missing_records_are_told_by_their_places_in_the_batch(tmp_path):
+    ours, clips, folder = gaps(tmp_path)
+    cache = Cache.open(folder, ours, allow_missing=True)
+    assert (cache.rows < 0).sum() == 15
+    assert cache.clip_ids.tolist() == [clip.id for clip in clips]
+    number = {clip.id: place for place, clip in enumerate(clips)}
+    batches = CachedBatches(cache, batch_size=5, seed=3)
+    for epoch in (0, 1):
+        ids = []
+        for batch in batches.epoch(epoch):
+            lacking = [
+                place
+                for place, clip in enumerate(batch["clip_id"].tolist())
+                if (number[clip] + epoch) % 3 == 0
+            ]
+            assert batch.get("missing", []) == lacking
+            for place, clip_id in enumerate(batch["clip_id"].tolist()):
+                for name, value in values(clip_id, epoch).items():
+                    if place not in lacking:
+                        np.testing.assert_array_equal(batch[name][place].numpy(), value)
+            ids += batch["clip_id"].tolist()
+        assert ids == [clips[place].id for place in batches.order(epoch)]
+
+
+def test_an_empty_cache_may_be_opened_where_records_may_be_missing(tmp_path):
+    ours, clips, _ = make(tmp_path)
+    cache = Cache.open(tmp_path / "none", ours, allow_missing=True)
+    (batch,) = CachedBatches(cache, batch_size=99, seed=0).epoch(1)
+    assert sorted(batch["clip_id"].tolist()) == sorted(clip.id for clip in clips)
+    assert batch["missing"] == list(range(CLIPS))
+    assert batch.keys() == {"clip_id", "view", "missing", "epoch"}
+    data = ours.data.model_copy(update={"train": ours.data.train.model_copy(update={"list": None})})
+    with pytest.raises(StateError, match="no records there; run 'distill cache-teacher' to make"):
+        Cache.open(tmp_path / "none", ours.model_copy(update={"data": data}), allow_missing=True)
+
+
+def test_names_come_from_any_view(tmp_path):
+    ours, clips, folder = gaps(tmp_path)
+    cache = Cache.open(folder, ours, allow_missing=True)
+    assert cache.clip_names([clips[0].id, clips[1].id]) == ["v/0.mp4", "v/1.mp4"]
+
+
+class FakeCache:
+    """As much of a cache as a shuffled order needs."""
+
+    def __init__(self, count):
+        self.folder, self.clip_ids, self.num_views = open_folder("."), np.arange(count), 1
+        self.rows = self.clip_ids[:, None]
+        self.index = dataclasses.make_dataclass("Index", ["fields"])(())
+
+
+def orders_of(count, *, epochs):
+    batches = CachedBatches(FakeCache(count), batch_size=1, seed=5)
+    return [batches.order(epoch) for epoch in range(epochs)]
+
+
+def shuffled_in_blocks(count, *, epochs, block):
+    """What a shuffle buffer, or one of shards and inside them, comes close to."""
+    stream = np.random.default_rng(0)
+    starts = np.arange(0, count, block)
+    return [
+        np.concatenate([start + stream.permutation(block) for start in starts])
+        for _ in range(epochs)
+    ]
+
+
+def unevenness(orders):
+    """Chi-squared of the thirds of an epoch in which each of the clips comes."""
+    count = len(orders[0])
+    seen = np.zeros((count, 3))
+    for order in orders:
+        seen[order, np.arange(count) * 3 // count] += 1
+    expected = len(orders) / 3
+    return ((seen - expected) ** 2 / expected).sum()
+
+
+def test_every_clip_is_as_likely_to_come_at_any_time():
+    """30 clips in 300 epochs: 58 degrees of freedom times 30/29, as the thirds are of one size.
+
+    So the mean is 60 and the deviation 11.1.
+    """
+    assert 60 - 4 * 11.1 < unevenness(orders_of(30, epochs=300)) < 60 + 5 * 11.1
+    assert unevenness(shuffled_in_blocks(30, epochs=300, block=10)) == 18_000
+
+
+def met_neighbours(orders, *, batch_size):
+    """How many clips an epoch, on average, are in one batch with the next one on the disk."""
+    met = []
+    for order in orders:
+        batch_of = np.empty(len(order), int)
+        batch_of[order] = np.arange(len(order)) // batch_size
+        met.append((batch_of[1:] == batch_of[:-1]).sum())
+    return np.mean(met)
+
+
+def test_neighbours_on_the_disk_come_apart():
+    """They meet as often as any two: with batches of 64, 63 an epoch, give or take 8."""
+    found = met_neighbours(orders_of(4096, epochs=20), batch_size=64)
+    assert abs(found - 63) < 5 * 8 / 20**0.5
+    blocks = shuffled_in_blocks(4096, epochs=20, block=512)
+    assert met_neighbours(blocks, batch_size=64) > 400
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = [
+        CachedBatches(FakeCache(1000), batch_size=1, seed=seed).order(epoch)
+        for seed in (0, 1)
+        for epoch in (0, 1, 2)
+    ]
+    for place, one in enumerate(orders):
+        for other in orders[:place]:
+            assert (one == other).sum() < 8, "one is expected"
+
+
+def test_a_remote_cache_gives_the_same_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    ours, _, folder = make(tmp_path)
+    remote = open_folder(f"memory://{uuid.uuid4()}/cache")
+    for path in folder.iterdir():
+        remote.write(path.name, path.read_bytes())
+    batches = CachedBatches(Cache.open(remote, ours), batch_size=5, seed=3)
+    assert batches.num_threads == 32
+    expected = CachedBatches(Cache.open(folder, ours), batch_size=5, seed=3)
+    for epoch in (0, 1):
+        for batch, right in zip(batches.epoch(epoch), expected.epoch(epoch), strict=True):
+            assert batch.keys() == right.keys()
+            for name in ("clip_id", "view", "tokens", "codes"):
+                torch.testing.assert_close(batch[name], right[name], rtol=0, atol=0)
+
+
+def test_a_damaged_record_of_a_remote_cache_is_named(tmp_path):
+    ours, _, folder = make(tmp_path)
+    remote = open_folder(f"memory://{uuid.uuid4()}/cache")
+    for path in folder.iterdir():
+        remote.write(path.name, path.read_bytes())
+    cache = Cache.open(remote, ours)
+    row = int(cache.rows[7, 0])
+    name = cache.index.shards[cache.index.shard[row]]
+    sound = remote.read(name)
+    place = int(cache.index.starts[row]) + 9
+    for content in (sound[:place] + b"?" + sound[place + 1 :], sound[:place]):
+        remote.write(name, content)
+        message = f"{remote.at(name)}: the record of clip {cache.clip_ids[7]} in view 0 is damaged"
+        with pytest.raises(StateError, match=re.escape(message)):
+            cache.read(row)
+
+
+def test_descriptors_are_kept_open_but_not_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_shards, "OPEN_FILES", 3)
+    ours, _, folder = make(tmp_path)
+    cache = Cache.open(folder, ours)
+    before = len(os.listdir("/proc/self/fd"))
+    assert len(cache.index.shards) > 7
+    with ShardReader(cache.folder) as shards:
+        for row in range(len(cache.index)):
+            fields = {field.name: np.empty(field.shape, field.dtype) for field in FIELDS}
+            cache.read_into(shards, row, fields)
+            np.testing.assert_array_equal(
+                fields["codes"],
+                values(int(cache.index.clip_ids[row]), int(cache.index.views[row]))["codes"],
+            )
+            assert len(os.listdir("/proc/self/fd")) <= before + 3
+        assert len(os.listdir("/proc/self/fd")) == before + 3
+    assert len(os.listdir("/proc/self/fd")) == before
