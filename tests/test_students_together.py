@@ -57,12 +57,16 @@ def videos(tmp_path_factory) -> Path:
 
 
 def recipe(videos: Path, name: str, **changes):
-    settings = {"optim__epochs": 3, "data__val": None, "data__test": None, **STUDENTS[name]}
-    made = distil(videos, "cached", **{**settings, **changes})
-    objective = made.objective
-    if "objective__decoder" in settings:
-        objective = objective.model_copy(update={"decoder": settings["objective__decoder"]})
-    return made.model_copy(update={"name": name, "objective": objective})
+    settings = {
+        "name": name,
+        "optim__epochs": 3,
+        "data__val": None,
+        "data__test": None,
+        "objective__mask__ratio": 0.7,  # three of eight patches, of the six that are kept
+        "objective__cache__tokens": "superset",
+        "objective__cache__codes": "4bit",
+    }
+    return distil(videos, "cached", **{**settings, **STUDENTS[name], **changes})
 
 
 @pytest.fixture(scope="module")
