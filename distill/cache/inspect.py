@@ -1,5 +1,6 @@
 """What is in a cache, said without its recipe: identity, sizes, statistics of a sample."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -193,16 +194,16 @@ def visible_tokens(opened: OpenedCache, arrays: dict[str, np.ndarray], *, row: i
 def coding_noise(kind: str) -> float:
     """Expected |r^ - r|^2 / |r|^2 of codes whose scale makes <r^, r> equal |r|^2.
 
-    That is D / (1 - D) for the squared error D of the levels on a standard normal.
+    That is <q, q> / <q, x>^2 - 1 for the levels q of standard normal x.
     """
     if kind not in BITS:
         return 0.0
     levels = gaussian_levels(2 ** BITS[kind])
-    borders = (levels[1:] + levels[:-1]) / 2
-    cells = torch.special.ndtr(torch.cat([borders, borders.new_tensor([torch.inf])]))
-    weights = torch.diff(cells, prepend=cells.new_zeros(1))
-    kept = float((levels.square() * weights).sum())  # levels are their cells' means: 1 - D
-    return (1 - kept) / kept
+    ends = torch.tensor([torch.inf], dtype=levels.dtype)
+    borders = torch.cat([-ends, (levels[1:] + levels[:-1]) / 2, ends])
+    share = torch.special.ndtr(borders).diff()
+    moment = -torch.exp(-borders.square() / 2).diff() / math.sqrt(2 * math.pi)  # of x in each cell
+    return float((levels.square() * share).sum() / (levels * moment).sum().square() - 1)
 
 
 def layer_statistics(
@@ -210,9 +211,8 @@ def layer_statistics(
 ) -> list[LayerStatistics]:
     """Statistics of decoded rows [K,R,E] and the scales [K,M] of each record.
 
-    What coding has added to residuals and channels is taken off, as it is known on average.
+    What coding has added to residuals is taken off, as it is known on average.
     """
-    width = middle.shape[-1]
     noise = coding_noise(kind)
     statistics = []
     for layer, rows in enumerate(middle.double()):
@@ -221,7 +221,7 @@ def layer_statistics(
         residual = squared.sqrt()
         mean_energy = float(mean.square().sum())
         energy = mean_energy + float(squared.mean())
-        channels = reduce(rows.square(), "r e -> e", "mean") - noise * squared.mean() / width
+        channels = reduce(rows.square(), "r e -> e", "mean")
         largest = int(channels.argmax())
         scale = None
         if scales:

@@ -38,7 +38,7 @@ class VerifyReport:
     problems: list[str] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)  # names of files that can be made anew
     deleted: list[str] = field(default_factory=list)
-    missing: int | None = None  # records that the recipe asks for; None without a recipe
+    missing: int | None = None  # of the records that a recipe asks for; None without one
 
     def lines(self) -> Iterator[str]:
         """The report for a console, problems apart."""
@@ -48,7 +48,7 @@ class VerifyReport:
         )
         if self.num_twice:
             yield f"cache {self.folder}: {self.num_twice} records are there twice; one counts"
-        if self.missing == 0:
+        if self.missing == 0 and not self.problems:
             yield f"cache {self.folder}: complete, with the recipe's settings"
         if self.deleted:
             yield (
