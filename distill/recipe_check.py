@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from distill.cache.store import open_folder
 from distill.recipe import ClipList, Distill, Recipe, Run, Section, Weights, vit_size
 from distill.students.vit import PATCH, ViTSize, resolve_size
 from distill.teachers import return_layers
@@ -337,7 +338,7 @@ def _has_cache(recipe: Recipe) -> bool:
         return False
     weights = section.teacher.weights
     is_known = section.cache.teacher_hash or (weights is not None and weights.sha256)
-    return bool(is_known) and any(Path(section.cache.folder).glob("*"))
+    return bool(is_known) and bool(open_folder(section.cache.folder).sizes())
 
 
 def _missing_list(clips: ClipList, key: str, *, reads_videos: bool) -> Iterator[str]:

@@ -127,8 +127,7 @@ def cache_folder(recipe):
 
 def records(recipe):
     """Every record of a cache by clip and view: its arrays, and its view's JSON."""
-    folder, identity = cache_folder(recipe), cache_identity(recipe)
-    store = open_folder(folder)
+    store, identity = open_folder(recipe.objective.cache.folder), cache_identity(recipe)
     index = load_index(store, with_codec(identity, read_codec(store, identity)))
     cache = Cache(store, index, np.zeros((1, 1), int))
     return {

@@ -68,7 +68,7 @@ class CacheIndex:
         for view in range(self.num_views):
             clip_ids = self.clip_ids[self._ends(view) : self._ends(view + 1)]
             if not np.array_equal(known, clip_ids):
-                known = np.union1d(known, clip_ids)
+                known = np.union1d(known, clip_ids) if len(known) else clip_ids
         return known
 
     @property

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import xxhash
 
+FIRST_BYTES = 2**14
 ALIGN_BYTES = 64  # of where the tensors begin
 DTYPES = {
     "U8": np.uint8,
@@ -73,11 +74,12 @@ def read_sealed(
     as `sealed_header` and the arrays' bytes were.
     """
     try:
-        (length,) = struct.unpack("<Q", read(0, 8))
+        text = bytes(read(0, min(FIRST_BYTES, size_bytes)))  # from afar: most headers whole
+        (length,) = struct.unpack("<Q", text[:8])
         if not 2 <= length <= size_bytes - 8:
             raise ValueError("a header of another length")
         start = 8 + length
-        text = bytes(read(0, start))
+        text = text[:start] if start <= len(text) else bytes(read(0, start))
         entries = json.loads(text[8:])
         metadata = entries.pop("__metadata__")
         first = {name: entries.pop(name)["data_offsets"][1] for name in before}
