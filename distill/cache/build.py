@@ -171,7 +171,12 @@ def _await_means(folder: Folder, identity: dict, measurer: Part, *, own: Part) -
     """
     if measurer == own:
         return None
-    logger.info("cache %s: %s measures the means of its codes; waiting", folder, measurer)
+    logger.info(
+        "cache %s: %s measures the means of its codes; waiting for %.0f minutes at most",
+        folder,
+        measurer,
+        MEANS_WAIT_SECONDS / 60,
+    )
     until = time.monotonic() + MEANS_WAIT_SECONDS
     while time.monotonic() < until:
         codec = read_codec(folder, identity)
@@ -203,6 +208,7 @@ def _write(
         RecordWriter(
             folder,
             identity=identity,
+            clip_ids=np.array([clips[i].id for i in np.flatnonzero(wanted.any(axis=0))], np.int64),
             shard_bytes=cache.shard_mb * MEGABYTE,
             shard_seconds=60 * cache.shard_minutes,
         ) as writer,

@@ -82,6 +82,8 @@ class ShardWriter:
         self.shard_bytes, self.shard_seconds = shard_bytes, shard_seconds
         self.committed_bytes = 0
         self.committed_shards = 0
+        self.names: list[str] = []  # of what is committed
+        self.num_replaced = 0  # shards that another writer had made to the last bit
         self._metadata = shard_metadata(self.fields, identity)
         self._file = None
 
@@ -146,6 +148,8 @@ class ShardWriter:
             self._metadata, arrays, before={"records": self._end}, size_bytes=self._start
         )
         digest = json.loads(header[8:])["__metadata__"]["index_xxh3"]
+        name = f"{PREFIX}{digest}{SUFFIX}"
+        self.num_replaced += name in self.folder.sizes(name)
         with self._dropped_on_failure():
             self._file.seek(self._start + self._end)  # behind the last whole record
             self._file.truncate()
@@ -157,11 +161,12 @@ class ShardWriter:
             self._file.flush()
             # A signal may have come after this was done and before it was noted.
             if self._path.exists():
-                self.folder.commit(self._path, f"{PREFIX}{digest}{SUFFIX}")
+                self.folder.commit(self._path, name)
             self._file.close()
         self._file = None
         self.committed_bytes += size_bytes
         self.committed_shards += 1
+        self.names.append(name)
 
     @property
     def _end(self) -> int:
