@@ -50,7 +50,6 @@ RESULTS = Path(__file__).parent / "results" / "cache_faults.json"
 IDENTITY = {"made by": "benchmarks/cache_faults.py"}
 CLIPS, BATCH = 400, 4  # of the small records
 SHARD_BATCHES = 3
-LONGEST_SECONDS = 0.08  # a writer that is killed lives no longer; it makes a shard in a few ms
 FORK = multiprocessing.get_context("fork")  # a writer is there at once
 SIZE = {"width": 176, "depth": 5, "heads": 2, "mlp_ratio": 48 / 11, "pooled_width": 48}
 
@@ -155,7 +154,10 @@ def leftovers(path: Path) -> Counter:
 
 
 def write_small(path: Path, told: mmap.mmap) -> None:
-    """The process that is killed: makes what is missing, and tells what it has committed."""
+    """The process that is killed: makes what is missing, and tells what it has committed.
+
+    `told` is -1 until it begins to write, then the bytes of its closed shards.
+    """
     folder = LocalFolder(path)
     remove_leftovers(folder)
     index = load_index(folder, IDENTITY)
@@ -176,8 +178,8 @@ def write_small(path: Path, told: mmap.mmap) -> None:
                 name: torch.from_numpy(np.stack([record[name] for record in records]))
                 for name in records[0]
             }
-            writer.put([(Task(small_clip(clip_id)), SMALL_VIEW) for clip_id in batch], fields)
             told[:8] = struct.pack("<q", writer.committed_bytes)
+            writer.put([(Task(small_clip(clip_id)), SMALL_VIEW) for clip_id in batch], fields)
 
 
 def small_clip(clip_id: int) -> Clip:
@@ -201,17 +203,25 @@ def expected_small(key: tuple[int, int]):
 def kill_writers(kills: int, seed: int, counts: Counter, space: Path) -> Iterator[None]:
     """Kill one writer after the other; every one goes on in the folder of the last."""
     told = mmap.mmap(-1, 8)
+    started = time.monotonic()
+    process = FORK.Process(target=write_small, args=(space / "whole", told))
+    process.start()
+    process.join()
+    whole_seconds = time.monotonic() - started
     folder = None
     while counts["kills"] < kills:
         if folder is None:
             path = Path(tempfile.mkdtemp(prefix="writer-", dir=space))
             folder = Folder(path)
         stream = random.Random(f"{seed} {counts['kills']} {counts['finished']}")
-        told[:8] = struct.pack("<q", 0)
+        told[:8] = struct.pack("<q", -1)
         committed = sum(size for _, size, _ in folder.shards.values())
         process = FORK.Process(target=write_small, args=(folder.path, told))
         process.start()
-        time.sleep(stream.uniform(0, LONGEST_SECONDS))
+        if stream.random() < 0.9:  # the others may die before they have begun
+            while struct.unpack("<q", told[:8])[0] < 0 and process.is_alive():
+                time.sleep(0.0005)
+        time.sleep(stream.uniform(0, 0.25 * whole_seconds))
         process.kill()
         process.join()
         is_killed = process.exitcode == -signal.SIGKILL
@@ -479,10 +489,11 @@ def two_on_one_part(space: Path, uninterrupted: dict) -> dict:
     told = [process.communicate()[0] for process in both]
     require(all(process.returncode == 0 for process in both), "\n".join(told))
     same_records(folder, recipe, uninterrupted)
-    lines = {line for text in told for line in text.splitlines() if "another" in line}
+    lines = [line for text in told for line in text.splitlines() if "another process" in line]
+    require(bool(lines), "\n".join(told))
     return {
         "fault": "the same part built twice at once",
-        "line": min(lines, default="(they never met)"),
+        "line": lines[0][lines[0].index("cache ") :].strip(),
         "after": "equal records, each of them counted once",
     }
 

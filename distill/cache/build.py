@@ -22,7 +22,7 @@ from distill.cache.index import load_index
 from distill.cache.live import cached_teacher, calibrate, make_records, view_loader
 from distill.cache.quarantine import open_quarantine, quarantine_files, quarantined_ids
 from distill.cache.record import record_fields
-from distill.cache.store import Folder, open_folder, remove_leftovers
+from distill.cache.store import Folder, open_folder, remove_leftovers, temporary_name
 from distill.cache.writer import RecordWriter
 from distill.data.index import Clip, check_videos, read_list
 from distill.data.load import Quarantine, Task
@@ -62,7 +62,7 @@ class BuildReport:
     def lines(self) -> list[str]:
         """The report for the console."""
         where = f"cache {self.folder}"
-        rate = f" ({self.written / max(self.seconds, 1e-9):.2f} views/s)" if self.written else ""
+        rate = f" ({self.written / self.seconds:.2f} views/s)" if self.written and self.seconds else ""
         made = f"{self.written} new in {self.seconds:.0f} s{rate}, {log.size_text(self.size_bytes)}"
         whole = self.num_clips * self.num_views
         listed = f"({self.num_clips} clips, {self.num_views} views)"
@@ -118,6 +118,7 @@ def build_cache(
     total = int(is_own.sum()) * section.cache.views
     written = size_bytes = 0
     if own.any():
+        _check_writable(folder)  # rather than after the means were measured
         # A wrong folder would fill the quarantine.
         check_videos([clips[i] for i in np.flatnonzero(wanted.any(axis=0))], recipe.data.train)
         teacher = cached_teacher(recipe)
@@ -150,12 +151,19 @@ def build_cache(
         present=present,
         written=written,
         size_bytes=size_bytes,
-        seconds=time.monotonic() - started,
+        seconds=max(time.monotonic() - started, 0.0),
         in_cache=int(is_there.sum()),
         unreadable={
             entry["name"]: entry["reason"] for entry in quarantine.entries if entry["id"] in own_ids
         },
     )
+
+
+def _check_writable(folder: Folder) -> None:
+    """Raise StateError now for what would stop a build at its first shard."""
+    name = temporary_name()
+    folder.write(name, b"nothing yet")
+    folder.delete(name)
 
 
 def _is_there(folder: Folder, identity: dict, clip_ids: np.ndarray, num_views: int) -> np.ndarray:
