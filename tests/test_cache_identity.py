@@ -1,8 +1,13 @@
 import re
 
+import numpy as np
 import pytest
 
 from distill.cache.identity import MEANS, REVISIONS, cache_identity, require_identity
+from distill.cache.read import Cache
+from distill.cache.shards import Field, ShardWriter
+from distill.cache.store import open_folder
+from distill.data.index import read_list
 from distill.errors import InputError, StateError
 from distill.recipe import Recipe
 from distill.students.warmstart import file_sha256
@@ -30,38 +35,44 @@ def recipe(**changes):
     return Recipe.model_validate(tree)
 
 
-@pytest.mark.parametrize(
-    ("path", "value", "line"),
-    [
-        ("data__views__frames", 8, "holds data.views.frames 4, the recipe asks for 8; set data."),
-        ("data__views__image_size", 112, "holds data.views.image_size 56, the recipe asks for 112"),
-        ("data__views__crop", "center", "holds data.views.crop multiscale, the recipe asks for c"),
-        ("data__views__min_area", 0.1, "holds data.views.min_area 0.08, the recipe asks for 0.1;"),
-        ("data__views__flip", 0.0, "holds data.views.flip 0.5, the recipe asks for 0.0; set data"),
-        ("data__views__never_flip", (), "holds data.views.never_flip [ssv2], the recipe asks for"),
-        (
-            "data__views__sampling",
-            {"kind": "segment"},
-            "holds data.views.sampling.kind sparse, the recipe asks for segment; set data.views.s",
-        ),
-        ("objective__mask__kind", "tube", "holds objective.mask.kind attention, the recipe asks"),
-        ("objective__mask__ratio", 0.9, "holds objective.mask.ratio 0.8, the recipe asks for 0.9"),
-        ("objective__cache__codes", "fp16", "holds objective.cache.codes 8bit, the recipe asks fo"),
-        ("objective__cache__tokens", "all", "holds objective.cache.tokens visible, the recipe as"),
-        ("objective__cache__pixels", "full", "holds objective.cache.pixels visible, the recipe a"),
-        ("objective__cache__seed", 1, "holds objective.cache.seed 0, the recipe asks for 1; set "),
-        ("objective__teacher__size", "6B", "holds objective.teacher.size 1B, the recipe asks for"),
-        ("objective__teacher__layers", 3, "holds objective.teacher.layers 6, the recipe asks fo"),
-        ("objective__teacher__interval", 2.0, "holds objective.teacher.interval 3.34, the recipe"),
-        ("objective__teacher__activation", "gelu", "holds objective.teacher.activation gelu_tanh"),
-        ("objective__teacher__precision", "bf16", "holds objective.teacher.precision fp32, the r"),
-        (
-            "objective__cache__teacher_hash",
-            "cd34",
-            "holds teacher weights (sha256) ab12, the recipe asks for cd34; set objective.cache.f",
-        ),
-    ],
-)
+# A changed setting, and what a reader of the unchanged one's cache is told.
+SETTINGS = [
+    ("data__views__frames", 8, "holds data.views.frames 4, the recipe asks for 8; set data."),
+    ("data__views__image_size", 112, "holds data.views.image_size 56, the recipe asks for 112"),
+    ("data__views__crop", "center", "holds data.views.crop multiscale, the recipe asks for c"),
+    ("data__views__min_area", 0.1, "holds data.views.min_area 0.08, the recipe asks for 0.1;"),
+    ("data__views__flip", 0.0, "holds data.views.flip 0.5, the recipe asks for 0.0; set data"),
+    ("data__views__never_flip", (), "holds data.views.never_flip [ssv2], the recipe asks for"),
+    (
+        "data__views__sampling",
+        {"kind": "segment"},
+        "holds data.views.sampling.kind sparse, the recipe asks for segment; set data.views.s",
+    ),
+    ("objective__mask__kind", "tube", "holds objective.mask.kind attention, the recipe asks"),
+    ("objective__mask__ratio", 0.9, "holds objective.mask.ratio 0.8, the recipe asks for 0.9"),
+    ("objective__cache__codes", "fp16", "holds objective.cache.codes 8bit, the recipe asks fo"),
+    ("objective__cache__tokens", "all", "holds objective.cache.tokens visible, the recipe as"),
+    ("objective__cache__pixels", "full", "holds objective.cache.pixels visible, the recipe a"),
+    ("objective__cache__seed", 1, "holds objective.cache.seed 0, the recipe asks for 1; set "),
+    ("objective__teacher__size", "6B", "holds objective.teacher.size 1B, the recipe asks for"),
+    ("objective__teacher__layers", 3, "holds objective.teacher.layers 6, the recipe asks fo"),
+    ("objective__teacher__interval", 2.0, "holds objective.teacher.interval 3.34, the recipe"),
+    ("objective__teacher__activation", "gelu", "holds objective.teacher.activation gelu_tanh"),
+    ("objective__teacher__precision", "bf16", "holds objective.teacher.precision fp32, the r"),
+    (
+        "objective__cache__teacher_hash",
+        "cd34",
+        "holds teacher weights (sha256) ab12, the recipe asks for cd34; set objective.cache.f",
+    ),
+    (
+        "data__views__sampling",
+        {"kind": "dense", "stride_frames": 2},
+        "holds data.views.sampling.kind sparse, the recipe asks for dense; set data.views.samplin",
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "line"), SETTINGS)
 def test_every_setting_of_a_record_is_part_of_it(path, value, line):
     found, expected = cache_identity(recipe()), cache_identity(recipe(**{path: value}))
     with pytest.raises(StateError, match=f"^cache c: {re.escape(line)}") as error:
@@ -70,6 +81,64 @@ def test_every_setting_of_a_record_is_part_of_it(path, value, line):
         "set objective.cache.folder to a new folder and run 'distill cache-teacher'"
     )
     assert "\n" not in str(error.value)
+
+
+def test_no_setting_is_without_a_test():
+    """Every name in the identity is one that a line above or a revision speaks of."""
+    told = {re.match(r"holds (\S+( weights \(sha256\))?) ", line)[1] for *_, line in SETTINGS}
+    revisions = {f"{name} revision" for name in REVISIONS}
+    assert told | revisions == set(cache_identity(recipe()))
+
+
+@pytest.mark.parametrize(("path", "value", "line"), SETTINGS)
+def test_a_reader_with_another_setting_is_told_so(tmp_path, path, value, line):
+    """From the recipe to the line, of a cache that has a record of the list's only clip."""
+    (tmp_path / "train.csv").write_text("a.mp4,0\n")
+    train = {"list": str(tmp_path / "train.csv")}
+    ours = recipe(data__train=train, objective__cache__codes="fp16")
+    folder = open_folder(tmp_path / "cache")
+    settings = {"fields": [Field("x", "uint8", (1,))], "identity": cache_identity(ours)}
+    with ShardWriter(folder, shard_bytes=9, shard_seconds=9.0, **settings) as writer:
+        for view in range(ours.objective.cache.views):
+            writer.add(read_list(ours.data.train)[0].id, view, {"x": np.zeros(1, np.uint8)}, {})
+    assert len(Cache.open(folder, ours).rows) == 1
+    changes = {"data__train": train, "objective__cache__codes": "fp16", path: value}
+    if path == "objective__cache__codes":
+        changes[path], line = "4bit", "holds objective.cache.codes fp16, the recipe asks for 4bit;"
+    with pytest.raises(StateError, match=f"^cache {folder}: {re.escape(line)}") as error:
+        Cache.open(folder, recipe(**changes))
+    assert "\n" not in str(error.value)
+
+
+def test_the_stride_of_dense_sampling_is_part_of_it():
+    one, other = (
+        cache_identity(recipe(data__views__sampling={"kind": "dense", "stride_frames": stride}))
+        for stride in (2, 4)
+    )
+    line = "c: holds data.views.sampling.stride_frames 2, the recipe asks for 4; set data.views.sam"
+    with pytest.raises(StateError, match=f"^{line}"):
+        require_identity(one, other, where="c")
+
+
+def test_other_weights_under_the_same_name_are_refused(tmp_path):
+    path = tmp_path / "teacher.safetensors"
+    ours = recipe(objective__teacher__weights={"checkpoint": str(path)})
+    path.write_bytes(b"weights")
+    before = cache_identity(ours)
+    path.write_bytes(b"Weights")
+    with pytest.raises(StateError, match=r"^c: holds teacher weights .sha256. [0-9a-f]{64}, the r"):
+        require_identity(before, cache_identity(ours), where="c")
+
+
+def test_a_cache_without_a_setting_that_is_asked_for_is_refused():
+    """As one from before there was such a setting."""
+    ours = cache_identity(recipe())
+    old = {name: value for name, value in ours.items() if name != "objective.cache.tokens"}
+    line = (
+        "c: holds objective.cache.tokens none, the recipe asks for visible; set objective.cache.f"
+    )
+    with pytest.raises(StateError, match=f"^{line}"):
+        require_identity(old, ours, where="c")
 
 
 @pytest.mark.parametrize("revision", sorted(REVISIONS))
