@@ -506,7 +506,8 @@ def test_descriptors_are_kept_open_but_not_all(tmp_path, monkeypatch):
     with ShardReader(cache.folder) as shards:
         for row in range(len(cache.index)):
             fields = {field.name: np.empty(field.shape, field.dtype) for field in FIELDS}
-            cache.read_into(shards, row, fields)
+            parts = [memoryview(array.reshape(-1).view(np.uint8)) for array in fields.values()]
+            cache.read_into(shards, row, parts)
             np.testing.assert_array_equal(
                 fields["codes"],
                 values(int(cache.index.clip_ids[row]), int(cache.index.views[row]))["codes"],

@@ -14,7 +14,8 @@ from safetensors import safe_open
 
 from distill.cache.identity import require_identity
 from distill.cache.index import load_index
-from distill.cache.shards import Field, ShardReader, ShardWriter, read_shard_index
+from distill.cache.read import Cache
+from distill.cache.shards import Field, ShardWriter, read_shard_index
 from distill.cache.store import open_folder, remove_leftovers
 from distill.errors import StateError
 
@@ -57,17 +58,8 @@ def write(folder, keys, **settings):
 
 
 def read(folder, index, row):
-    arrays = {field.name: np.empty(field.shape, field.dtype) for field in FIELDS}
-    text = bytearray(int(index.sizes[row]) - sum(field.size_bytes for field in FIELDS))
-    with ShardReader(open_folder(folder)) as shards:
-        shards.read(
-            index.shards[index.shard[row]],
-            [*arrays.values(), text],
-            start=int(index.starts[row]),
-            xxh3=int(index.xxh3[row]),
-            record="the record",
-        )
-    return arrays, json.loads(bytes(text))
+    none = np.empty((0, 1), np.int64)
+    return Cache(open_folder(folder), index, none, clip_ids=none[:, 0]).read(row)
 
 
 def test_records_come_back_as_they_were_written(tmp_path):
@@ -364,8 +356,8 @@ def test_a_damaged_record_is_named(tmp_path):
         file.write(bytes([byte ^ 1]))
     read(tmp_path, index, 1 - row)
     message = (
-        f"{path}: the record is damaged (its checksum differs); delete the shard and run "
-        "'distill cache-teacher' again to make its records anew"
+        f"{path}: the record of clip 2 in view 3 is damaged (its checksum differs); delete the "
+        "shard and run 'distill cache-teacher' again to make its records anew"
     )
     with pytest.raises(StateError, match=re.escape(message)):
         read(tmp_path, index, row)

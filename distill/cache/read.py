@@ -111,20 +111,19 @@ class Cache:
         """One record by its place in the index: its fields and what its view is."""
         arrays = {field.name: np.empty(field.shape, field.dtype) for field in self.index.fields}
         with ShardReader(self.folder) as shards:
-            text = self.read_into(shards, row, arrays)
+            text = self.read_into(shards, row, [_as_bytes(array) for array in arrays.values()])
         return arrays, json.loads(bytes(text))
 
-    def read_into(self, shards: ShardReader, row: int, arrays: dict[str, np.ndarray]) -> bytearray:
-        """Read a record into contiguous arrays, one a field; returns the view's JSON text."""
+    def read_into(self, shards: ShardReader, row: int, parts: Sequence[memoryview]) -> bytearray:
+        """Read a record's fields into memory, one part each; returns the view's JSON text."""
         index = self.index
-        parts = [arrays[field.name].reshape(-1).view(np.uint8) for field in index.fields]
         text = bytearray(int(index.sizes[row]) - sum(len(part) for part in parts))
         shards.read(
             index.shards[index.shard[row]],
-            [*parts, text],
+            [*parts, memoryview(text)],
             start=int(index.starts[row]),
             xxh3=int(index.xxh3[row]),
-            record=f"the record of clip {index.clip_ids[row]} in view {index.views[row]}",
+            key=(index.clip_ids[row], index.views[row]),
         )
         return text
 
@@ -220,8 +219,9 @@ class CachedBatches:
     ) -> list[dict]:
         index = self.cache.index
         batches = [self._allocate(places, view) for places in window]
-        arrays = [
-            {field.name: batch[field.name].numpy() for field in index.fields} for batch in batches
+        sizes = [field.size_bytes for field in index.fields]
+        memory = [
+            [_as_bytes(batch[field.name].numpy()) for field in index.fields] for batch in batches
         ]
         owner = np.repeat(np.arange(len(window)), [len(places) for places in window])
         within = np.concatenate([np.arange(len(places)) for places in window])
@@ -236,9 +236,12 @@ class CachedBatches:
 
         def read(some: np.ndarray) -> None:
             for place in some:
-                batch = arrays[owner[place]]
-                fields = {name: array[within[place]] for name, array in batch.items()}
-                self.cache.read_into(shards, int(rows[place]), fields)
+                at = int(within[place])
+                parts = [
+                    part[at * size : (at + 1) * size]
+                    for part, size in zip(memory[owner[place]], sizes, strict=True)
+                ]
+                self.cache.read_into(shards, int(rows[place]), parts)
 
         turns = range(0, len(there), RECORDS_A_TURN)
         for done in [pool.submit(read, there[at : at + RECORDS_A_TURN]) for at in turns]:
@@ -261,6 +264,10 @@ class CachedBatches:
                 part = memory[start : start + len(places) * field.size_bytes]
                 batch[field.name] = torch.from_numpy(part.view(field.dtype).reshape(shape))
         return batch
+
+
+def _as_bytes(array: np.ndarray) -> memoryview:
+    return memoryview(array.reshape(-1).view(np.uint8))
 
 
 def _find_rows(index: CacheIndex, clip_ids: np.ndarray, num_views: int) -> np.ndarray:

@@ -273,28 +273,35 @@ class ShardReader:
             while self._files:
                 os.close(self._files.popitem()[1][0])
 
-    def read(self, name: str, parts: Sequence, *, start: int, xxh3: int, record: str) -> None:
-        """Fill writable buffers with consecutive bytes from `start` and check them as one record.
+    def read(
+        self, name: str, parts: Sequence[memoryview], *, start: int, xxh3: int, key: tuple[int, int]
+    ) -> None:
+        """Fill buffers of bytes with a shard's bytes from `start` on, checked as one record.
 
-        Raises StateError that names `record` when bytes are missing or others than written.
+        Raises StateError that names the record by `key`, clip id and view, when bytes are missing
+        or others than written.
         """
-        buffers = [memoryview(part).cast("B") for part in parts if len(part)]
         if self.folder.is_local:
-            with self._open(name) as file, reported(self.folder.at(name), "read"):
-                is_whole = _read_into(file, buffers, start)
+            with self._open(name) as file:
+                try:
+                    is_whole = _read_into(file, parts, start)
+                except OSError:
+                    with reported(self.folder.at(name), "read"):
+                        raise
         else:
-            size = sum(len(buffer) for buffer in buffers)
+            size = sum(len(part) for part in parts)
             content = memoryview(self.folder.read_range(name, start, size))
             is_whole = len(content) == size
-            for buffer in buffers if is_whole else ():
-                buffer[:], content = content[: len(buffer)], content[len(buffer) :]
+            for part in parts if is_whole else ():
+                part[:], content = content[: len(part)], content[len(part) :]
         checksum = xxhash.xxh3_64()
-        for buffer in buffers:
-            checksum.update(buffer)
+        for part in parts:
+            checksum.update(part)
         if not is_whole or checksum.intdigest() != xxh3:
             raise StateError(
-                f"{self.folder.at(name)}: {record} is damaged (its checksum differs); delete the "
-                "shard and run 'distill cache-teacher' again to make its records anew"
+                f"{self.folder.at(name)}: the record of clip {key[0]} in view {key[1]} is damaged "
+                "(its checksum differs); delete the shard and run 'distill cache-teacher' again to "
+                "make its records anew"
             )
 
     @contextlib.contextmanager
@@ -320,9 +327,9 @@ class ShardReader:
                             break
 
 
-def _read_into(file: int, buffers: Sequence[memoryview], start: int) -> bool:
-    """Fill the buffers; False where the file ends first."""
-    pending = list(buffers)
+def _read_into(file: int, parts: Sequence[memoryview], start: int) -> bool:
+    """Fill the parts; False where the file ends first."""
+    pending = [part for part in parts if len(part)]
     while pending:
         count = os.preadv(file, pending, start)
         if count == 0:
