@@ -14,6 +14,7 @@ MARGIN, GAP, TITLE = 16, 4, 26
 PAPER, INK, FAINT = (250, 250, 248), (35, 35, 38), (120, 120, 126)
 MISSING = (214, 214, 210)  # of which the record has no pixels
 MISSING_DOT = (190, 190, 186)
+LEGEND = "colour: seen;  pale: kept, but not seen;  grey: not kept"
 DIMMED = 0.3  # of the colour that a masked patch keeps
 
 
@@ -33,12 +34,14 @@ def contact_sheet(opened: OpenedCache, *, count: int = SHEET_RECORDS, seed: int 
     sheet = Image.new("RGB", (width, MARGIN + TITLE + len(rows) * row_height), PAPER)
     pen = ImageDraw.Draw(sheet)
     font, small = ImageFont.load_default(16), ImageFont.load_default(13)
-    pen.text((MARGIN, MARGIN - 4), _heading(opened), fill=INK, font=font)
+    _write_line(pen, MARGIN - 4, _heading(opened), LEGEND, fonts=(font, small), width=width)
     for number, row in enumerate(rows):
         arrays, info = cache.read(int(row))
         seen = visible_tokens(opened, arrays, row=int(row))
         top = MARGIN + TITLE + number * row_height
-        _write_title(pen, info, seen, top, font=small, width=width)
+        name = f"{info['name']}  view {info['view']}"
+        text = _describe(info, seen)
+        _write_line(pen, top + 6, name, text, fonts=(small, small), width=width)
         for frame, pixels in enumerate(draw_frames(opened, arrays, seen)):
             image = Image.fromarray(pixels).resize((side * zoom,) * 2, Image.Resampling.NEAREST)
             sheet.paste(image, (MARGIN + frame * (side * zoom + GAP), top + TITLE))
@@ -97,15 +100,16 @@ def _heading(opened: OpenedCache) -> str:
     return f"{opened.cache.folder}:  {',  '.join(parts)}"
 
 
-def _write_title(
-    pen: ImageDraw.ImageDraw, info: dict, seen: np.ndarray, top: int, *, font, width: int
-) -> None:
-    """The clip's name with its view on the left, and what its frames are on the right."""
-    flip = ", flipped" if info["flip"] else ""
-    pen.text((MARGIN, top + 6), f"{info['name']}  view {info['view']}", fill=INK, font=font)
+def _describe(info: dict, seen: np.ndarray) -> str:
     frames = " ".join(str(frame) for frame in info["frames"])
-    text = f"frames {frames}{flip}, {len(seen)} patches seen"
-    right = width - MARGIN - pen.textlength(text, font=font)
-    left = MARGIN + pen.textlength(f"{info['name']}  view {info['view']}  ", font=font)
-    if right > left:
-        pen.text((right, top + 6), text, fill=FAINT, font=font)
+    return f"frames {frames}{', flipped' if info['flip'] else ''}, {len(seen)} patches seen"
+
+
+def _write_line(
+    pen: ImageDraw.ImageDraw, top: int, left: str, right: str, *, fonts: tuple, width: int
+) -> None:
+    """Text on the left and, where there is room for it, more on the right."""
+    pen.text((MARGIN, top), left, fill=INK, font=fonts[0])
+    start = width - MARGIN - pen.textlength(right, font=fonts[1])
+    if start > 2 * MARGIN + pen.textlength(left, font=fonts[0]):
+        pen.text((start, top), right, fill=FAINT, font=fonts[1])
