@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 import yaml
@@ -167,17 +168,23 @@ def test_the_measurer_is_a_part_that_has_work(videos, tmp_path, monkeypatch):
     assert build_cache(recipe, part=Part(1, 4), progress=no_progress).written == 4
 
 
-def test_what_parts_find_together_may_be_too_much(tmp_path):
-    """Two of eight clips are text: a quarter of each part, and of the whole more than a fifth."""
-    for index in range(8):
-        write_video(tmp_path / f"{index}.mp4", seed=index)
-    for index in (0, 2):
-        (tmp_path / f"{index}.mp4").write_text("not a video\n")
-    (tmp_path / "train.csv").write_text("".join(f"{index}.mp4,0\n" for index in range(8)))
-    recipe = make_recipe(tmp_path, tmp_path / "cache", data={"max_quarantined": 0.2})
-    build_cache(recipe, part=Part(0, 2), progress=no_progress)
-    with pytest.raises(StateError, match="^2 of 8 clips cannot be decoded, more than "):
-        build_cache(recipe, part=Part(1, 2), progress=no_progress)
+def test_what_parts_find_together_may_be_too_much(videos, tmp_path):
+    """While this part runs, with all of its own, another puts three of the seven clips aside."""
+    recipe = make_recipe(videos, tmp_path / "cache", data={"max_quarantined": 0.4})
+    clips = read_list(recipe.data.train)
+
+    @contextmanager
+    def meanwhile(title, *, total, unit, done=0):
+        other = Quarantine(tmp_path / "cache/quarantine-other.jsonl", total=7, max_share=1.0)
+        for clip in (clips[0], clips[1], clips[4]):
+            other.add(clip, "the file is empty")
+        with no_progress(title, total=total, unit=unit) as bar:
+            yield bar
+
+    message = "^3 of 7 clips cannot be decoded, more than data.max_quarantined=0.4 allows; "
+    with pytest.raises(StateError, match=message):
+        build_cache(recipe, part=Part(1, 2), progress=meanwhile)
+    assert num_committed(cache_folder(recipe)) == 6
 
 
 def test_sigterm_commits_every_batch_that_was_handed_over(videos, tmp_path):

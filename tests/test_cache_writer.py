@@ -135,8 +135,12 @@ def test_what_was_handed_over_is_committed_whatever_ends_the_build(tmp_path, kin
 
 
 def test_a_signal_while_it_leaves_does_not_lose_the_open_shard(tmp_path, monkeypatch):
-    shutdown = cache_writer.ThreadPoolExecutor.shutdown
+    shutdown, add = cache_writer.ThreadPoolExecutor.shutdown, ShardWriter.add
     calls = []
+
+    def add_slowly(self, *arguments):
+        time.sleep(0.05)
+        add(self, *arguments)
 
     def interrupted(self, wait):
         calls.append(wait)
@@ -144,6 +148,7 @@ def test_a_signal_while_it_leaves_does_not_lose_the_open_shard(tmp_path, monkeyp
             raise KeyboardInterrupt
         shutdown(self, wait)
 
+    monkeypatch.setattr(ShardWriter, "add", add_slowly)
     monkeypatch.setattr(cache_writer.ThreadPoolExecutor, "shutdown", interrupted)
     with pytest.raises(KeyboardInterrupt), make_writer(tmp_path) as writer:
         put(writer, 0, 1)
@@ -157,7 +162,10 @@ def warnings_of(caplog):
 @pytest.mark.parametrize("others", [(0, 1), (1, 2)])
 def test_two_that_make_the_same_records_are_told(tmp_path, caplog, others):
     """The same shard to the last bit replaces the other's; another holds a record of ours."""
-    with caplog.at_level(logging.WARNING), make_writer(tmp_path, clip_ids=[0, 1, 3]) as writer:
+    with (
+        caplog.at_level(logging.WARNING),
+        make_writer(tmp_path, clip_ids=[0, 1, 3], shard_bytes=1) as writer,
+    ):
         with make_writer(tmp_path, clip_ids=[7]) as other:
             put(other, *others)
         put(writer, 0, 1)

@@ -61,10 +61,9 @@ class RecordWriter:
         try:
             self._thread.shutdown(wait=True)
         finally:
-            self._thread.shutdown(wait=True)  # a signal may have ended the first wait
             with self._stack:  # commits the open shard; it is gone where writing went wrong
                 for done in self._waiting:
-                    done.result()
+                    done.result()  # waits, too, where a signal has ended the wait above
         self._look_around()
 
     def put(self, items: Sequence[tuple[Task, View]], fields: dict[str, Tensor]) -> None:
