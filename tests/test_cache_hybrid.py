@@ -6,6 +6,7 @@ Alone in its batch a clip is always rounded alike, so that live records are the 
 import json
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -41,7 +42,7 @@ def videos(tmp_path_factory) -> Path:
     return make_videos(tmp_path_factory.mktemp("videos"))
 
 
-def recipe(videos: Path, cache: Path, *, targets: str = "hybrid", **changes):
+def recipe(videos: Path, cache: Path | str, *, targets: str = "hybrid", **changes):
     settings = {
         "data__val": None,
         "data__test": None,
@@ -153,6 +154,16 @@ def test_a_cache_without_gaps_needs_neither_teacher_nor_videos(
     batches = open_batches(recipe(videos, whole), tmp_path)
     assert batches.live is None
     assert all(batch["is_cached"].all() for batch in batches.epoch(0))
+
+
+def test_a_remote_cache_may_have_gaps_too(videos, whole, partial, tmp_path):
+    files, name = fsspec.filesystem("memory"), f"hybrid-{tmp_path.name}"
+    for path in partial.iterdir():
+        files.pipe_file(f"/{name}/{path.name}", path.read_bytes())
+    cached = CachedBatches(Cache.open(whole, recipe(videos, whole)), batch_size=4, seed=5)
+    batches = open_batches(recipe(videos, f"memory://{name}"), tmp_path)
+    assert_same_batches(batches.epoch(0), cached.epoch(0))
+    files.rm(f"/{name}", recursive=True)
 
 
 def test_views_that_no_epoch_reads_may_be_missing(videos, tmp_path, monkeypatch):
