@@ -88,7 +88,7 @@ def test_interrupt_ends_with_its_exit_code(recipe, monkeypatch, number, code):
 def test_help_names_every_command():
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("train", "cache-teacher", "evaluate", "plan", "schema"):
+    for command in ("train", "cache-teacher", "evaluate", "plan", "schema", "cache"):
         assert f"│ {command} " in result.output
     assert "run the teacher once" in result.output
 
