@@ -25,6 +25,7 @@ from test_cache_build import (
 from distill.cache import build as cache_build
 from distill.cache import live
 from distill.cache.build import build_cache
+from distill.cache.store import open_folder
 from distill.data.index import read_list
 from distill.data.workers import Quarantine
 from distill.dist import Part
@@ -198,7 +199,7 @@ def test_sigterm_commits_every_batch_that_was_handed_over(videos, tmp_path):
     command = [sys.executable, "-m", "distill", "cache-teacher", str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         deadline = time.monotonic() + 60
-        while not any(file.stat().st_size for file in folder.glob("open-*")):
+        while not any(size > 5000 for size in open_folder(folder).sizes("open-").values()):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.002)
         process.send_signal(signal.SIGTERM)
