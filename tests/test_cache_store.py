@@ -113,13 +113,20 @@ def test_folders_below_are_not_listed(folder):
     assert folder.sizes() == {"a": 1}
 
 
-def test_what_another_process_adds_is_seen_at_once(folder):
+def test_what_another_process_adds_is_seen_at_once(bucket):
+    """By a client of its own: within a process a store knows what it has written."""
+    folder, key = open_folder(f"{bucket}/{uuid.uuid4()}"), "shared"
+    prefix = folder.url.removeprefix("s3://caches/")
+    other = boto3.client("s3", region_name="us-east-1")
     folder.write("a", b"1")
     assert list(folder.sizes()) == ["a"]
-    open_folder(folder.url).write("b", b"2")
-    assert list(folder.sizes()) == ["a", "b"]
-    open_folder(folder.url).delete("a")
-    assert list(folder.sizes()) == ["b"]
+    other.put_object(Bucket="caches", Key=f"{prefix}/{key}", Body=b"12")
+    assert folder.sizes() == {"a": 1, key: 2}
+    other.delete_object(Bucket="caches", Key=f"{prefix}/a")
+    assert folder.sizes() == {key: 2}
+    assert folder.exists()
+    other.delete_object(Bucket="caches", Key=f"{prefix}/{key}")
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("name", ["../a", "a/b", "..", "", ".hidden", "a\0", "/etc/passwd"])
