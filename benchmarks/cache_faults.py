@@ -329,10 +329,6 @@ def shard_identity(path: Path, recipe: Recipe) -> dict:
     return with_codec(identity, read_codec(LocalFolder(path), identity))
 
 
-def has_begun(path: Path) -> bool:
-    return any(path.glob("open-*")) or any(path.glob("shard-*"))
-
-
 def kill_builds(kills: int, seed: int, counts: Counter, space: Path) -> Iterator[None]:
     """Kill one or both of the two writers of a cache, alone or with their decoding workers."""
     clips, views, writers = 24, 3, 2
