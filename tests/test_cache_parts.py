@@ -22,6 +22,7 @@ from test_cache_build import (
     write_video,
 )
 
+from distill import log
 from distill.cache import build as cache_build
 from distill.cache import live
 from distill.cache.build import build_cache
@@ -84,6 +85,22 @@ def test_a_part_reports_its_own_share_and_the_whole(videos, tmp_path):
     again = build_cache(recipe, part=Part(0, 2), progress=None)
     assert again.lines()[0].startswith(f"cache {folder}: 8 of 14 records (7 clips, 2 views): 0 new")
     assert (again.present, again.written, again.total) == (8, 0, 8)
+
+
+def test_progress_tells_what_is_written_and_what_videos_cost(videos, tmp_path):
+    notes = []
+
+    @contextmanager
+    def noted(title, *, total, unit, done=0):
+        with no_progress(title, total=total, unit=unit) as bar:
+            bar.note = notes.append
+            yield bar
+
+    recipe = four_bits(videos, tmp_path / "cache")
+    report = build_cache(recipe, progress=noted)
+    text = log.size_text(report.size_bytes)
+    assert len(notes) == 9, "one for each batch, and one when the last shard is closed"
+    assert re.fullmatch(rf"{text}, \d+% of the time waiting for videos", notes[-1])
 
 
 def test_a_part_goes_on_with_what_another_division_has_left(videos, whole, tmp_path):

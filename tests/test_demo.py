@@ -1,6 +1,7 @@
 """The demo set: real files, splits without a common source, pairs that only time separates."""
 
 import json
+import multiprocessing
 
 import av
 import numpy as np
@@ -87,3 +88,24 @@ def test_splits_with_the_same_numbers_show_other_clips():
     clips = [render_clip(0, split, number=0, seed=0) for split in SPLITS]
     assert not np.array_equal(clips[0], clips[1])
     assert not np.array_equal(clips[1], clips[2])
+
+
+def write_often(path, frames):
+    for _ in range(20):
+        demo.write_video(path, frames)
+
+
+def test_processes_may_make_the_set_at_once(tmp_path):
+    """As torchrun's do: each writes a file of its own, and every one is whole."""
+    frames = np.zeros((4, 48, 48, 3), np.uint8)
+    fork = multiprocessing.get_context("fork")
+    path = tmp_path / "0.mp4"
+    writers = [fork.Process(target=write_often, args=(path, frames)) for _ in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    with av.open(str(path)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 4
+    assert [file.name for file in tmp_path.iterdir()] == ["0.mp4"]

@@ -19,3 +19,15 @@ def test_entries_of_clips_outside_the_list_do_not_count(tmp_path):
     quarantine.add(clips[1], "too short")
     with pytest.raises(StateError, match="^3 of 10 clips cannot be decoded, more than "):
         quarantine.add(clips[2], "too short")
+
+
+def test_a_list_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "quarantine.jsonl"
+    message = (
+        f"{path}: cannot note a clip that cannot be decoded (File exists); make room, or check "
+        "who may write there, and start again"
+    )
+    with pytest.raises(StateError) as caught:
+        Quarantine(path, total=5, max_share=1.0).add(task("bad", 1).clip, "the file is empty")
+    assert str(caught.value) == message

@@ -218,7 +218,7 @@ def write_video(path: Path, frames: np.ndarray) -> None:
 
     x264 does not always give the same bytes for the same frames; decoding them does.
     """
-    unfinished = path.with_suffix(".unfinished")
+    unfinished = _unfinished(path)
     with av.open(str(unfinished), "w", format="mp4") as container:
         stream = container.add_stream(
             "libx264", rate=FPS, options={"crf": "20", "threads": "1", "preset": "veryfast"}
@@ -233,7 +233,12 @@ def write_video(path: Path, frames: np.ndarray) -> None:
     os.replace(unfinished, path)
 
 
+def _unfinished(path: Path) -> Path:
+    """A name of this process's own: torchrun's all make the set at once."""
+    return path.with_suffix(f".{os.getpid()}.unfinished")
+
+
 def _write_text(path: Path, text: str) -> None:
-    unfinished = path.with_suffix(".unfinished")
+    unfinished = _unfinished(path)
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)

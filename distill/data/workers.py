@@ -85,15 +85,24 @@ class Quarantine:
         self.entries.append(entry)
         self._num_counted += 1
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if not self._is_mended:
-                _cut_half_line(self.path)
-                self._is_mended = True
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            self._append(self.path, json.dumps(entry, ensure_ascii=False) + "\n")
             if self._publish is not None:
                 self._publish()
         self.check()
+
+    def _append(self, path: Path, line: str) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not self._is_mended:
+                _cut_half_line(path)
+                self._is_mended = True
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise StateError(
+                f"{path}: cannot note a clip that cannot be decoded ({error.strerror}); make room, "
+                "or check who may write there, and start again"
+            ) from error
 
     def check(self) -> None:
         """Raise `StateError` where more than the allowed share is in."""
