@@ -61,7 +61,7 @@ def build_job(
             names = cache.clip_names
         student = with_weights(build_student(recipe), recipe)
         loss = DistillObjective(student, objective, seed=seed)
-        prepare = CachedTargets(cache.codec, make_redraw(recipe))
+        prepare = CachedTargets(cache.codec, make_redraw(recipe), layers=cache.layers)
         return Job(student, loss, batches, prepare, names, quarantine)
 
     is_live = isinstance(objective, schema.Distill)

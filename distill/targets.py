@@ -109,15 +109,22 @@ class CachedTargets:
     """Decodes a batch of `CachedBatches` with its cache's codec.
 
     `redraw` is how an epoch sees the records' tokens; None where each view has its own mask.
+    `layers` are the places of the layers to take, None for all.
     """
 
-    def __init__(self, codec: Codec, redraw: Redraw | None = None) -> None:
-        self.codec, self.redraw = codec, redraw
+    def __init__(
+        self, codec: Codec, redraw: Redraw | None = None, *, layers: list[int] | None = None
+    ) -> None:
+        self.codec = codec if layers is None else codec.of_layers(layers)
+        self.redraw, self.layers = redraw, layers
 
     def __call__(self, batch: dict) -> dict:
         if ("next_arrival" in batch) != (self.redraw is not None):
             raise ValueError("records that keep more than the visible tokens need a redraw")
         tokens, codes, scales = batch["tokens"].long(), batch["codes"], batch.get("scales")
+        if self.layers is not None:
+            codes = codes[:, self.layers]
+            scales = None if scales is None else scales[:, self.layers]
         patches = batch.get("patches")
         if self.redraw is not None:
             places = _places(self.redraw, batch, {**batch, "tokens": tokens}, batch["attention"])

@@ -55,8 +55,17 @@ SETTINGS = [
     ("objective__cache__pixels", "full", "holds objective.cache.pixels visible, the recipe a"),
     ("objective__cache__seed", 1, "holds objective.cache.seed 0, the recipe asks for 1; set "),
     ("objective__teacher__size", "6B", "holds objective.teacher.size 1B, the recipe asks for"),
-    ("objective__teacher__layers", 3, "holds objective.teacher.layers 6, the recipe asks fo"),
-    ("objective__teacher__interval", 2.0, "holds objective.teacher.interval 3.34, the recipe"),
+    (
+        "objective__teacher__layers",
+        7,
+        "holds teacher blocks [23,26,29,33,36,39], the recipe asks for [19,23,26,29,33,36,39]; "
+        "set objective.cache.f",
+    ),
+    (
+        "objective__teacher__interval",
+        2.0,
+        "holds teacher blocks [23,26,29,33,36,39], the recipe asks for [29,31,33,35,37,39]; set ",
+    ),
     ("objective__teacher__activation", "gelu", "holds objective.teacher.activation gelu_tanh"),
     ("objective__teacher__precision", "bf16", "holds objective.teacher.precision fp32, the r"),
     (
@@ -85,7 +94,8 @@ def test_every_setting_of_a_record_is_part_of_it(path, value, line):
 
 def test_no_setting_is_without_a_test():
     """Every name in the identity is one that a line above or a revision speaks of."""
-    told = {re.match(r"holds (\S+( weights \(sha256\))?) ", line)[1] for *_, line in SETTINGS}
+    name = r"holds (teacher weights \(sha256\)|teacher blocks|\S+) "
+    told = {re.match(name, line)[1] for *_, line in SETTINGS}
     revisions = {f"{name} revision" for name in REVISIONS}
     assert told | revisions == set(cache_identity(recipe()))
 
@@ -201,8 +211,8 @@ def test_what_does_not_change_a_record_is_not(path, value):
 def test_a_size_spelt_out_is_the_size_by_name():
     spelt = {"width": 1408, "depth": 40, "heads": 16, "mlp_ratio": 48 / 11}
     assert cache_identity(recipe(objective__teacher__size=spelt)) == cache_identity(recipe())
-    own = cache_identity(recipe(objective__teacher__size={**spelt, "depth": 3}))
-    assert own["objective.teacher.size"].startswith("1408x3x16, mlp_ratio 4.36")
+    own = cache_identity(recipe(objective__teacher__size={**spelt, "depth": 30}))
+    assert own["objective.teacher.size"].startswith("1408x30x16, mlp_ratio 4.36")
 
 
 def test_teacher_is_known_by_its_files_contents(tmp_path):

@@ -15,6 +15,7 @@ from distill.cache.build import build_cache
 from distill.cache.read import Cache
 from distill.data.index import read_list
 from distill.data.load import load_view, replay_view
+from distill.errors import StateError
 from distill.job import build_job
 from distill.recipe import Recipe
 from distill.students.vit import patchify
@@ -210,3 +211,28 @@ def test_a_run_of_another_seed_sees_other_tokens_of_the_same_cache(caches, tmp_p
         tokens.append(dict(zip(ids, rows, strict=True)))
     assert tokens[0].keys() == tokens[1].keys()
     assert all(tokens[0][clip] != tokens[1][clip] for clip in tokens[0])
+
+
+@pytest.mark.parametrize("codes", ["fp16", "4bit"])
+def test_fewer_layers_are_read_from_a_cache_of_more(clips, tmp_path, codes):
+    whole = make_recipe(clips, tmp_path / "whole", codes=codes, tokens="superset")
+    build_cache(whole, progress=no_progress)
+    teacher = whole.objective.teacher.model_copy(update={"layers": 1})
+    objective = whole.objective.model_copy(update={"teacher": teacher})
+    part = whole.model_copy(update={"objective": objective})
+    jobs = {
+        name: build_job(recipe, tmp_path / name, device=torch.device("cpu"))
+        for name, recipe in (("whole", whole), ("part", part))
+    }
+    found = {name: job.prepare(next(job.batches.epoch(1))) for name, job in jobs.items()}
+    assert found["part"]["middle"].shape[0] == 1
+    assert_close(found["part"]["middle"][0], found["whole"]["middle"][1], rtol=0, atol=1e-6)
+    assert jobs["part"].objective(found["part"])["loss"].isfinite()
+
+    fewer = part.objective.cache.model_copy(update={"folder": str(tmp_path / "part")})
+    build_cache(
+        part.model_copy(update={"objective": objective.model_copy(update={"cache": fewer})})
+    )
+    line = r"holds teacher blocks \[2\], the recipe asks for \[1,2\]; set objective.cache.folder"
+    with pytest.raises(StateError, match=line):
+        Cache.open(tmp_path / "part", whole)

@@ -17,6 +17,7 @@ not noise (RaBitQ's correction; Gao and Long, 2024, arXiv:2405.12497).
 
 import hashlib
 import math
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -44,6 +45,10 @@ class Codec:
         self.bits = BITS.get(kind)
         self.means = means
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def of_layers(self, layers: Sequence[int]) -> "Codec":
+        """The codec of these layers alone."""
+        return Codec(self.kind, means=None if self.means is None else self.means[list(layers)])
 
     @property
     def means_sha256(self) -> str | None:

@@ -7,12 +7,14 @@ bytes). Package versions, decoder and device are no part of it.
 from pathlib import Path
 
 from distill.errors import InputError, StateError
-from distill.recipe import Distill, Recipe, vit_size
+from distill.recipe import Distill, Recipe, Teacher, vit_size
 from distill.students.vit import SIZES, resolve_size
 from distill.students.warmstart import file_sha256
+from distill.teachers import return_layers
 
 REVISIONS = {"layout": 2, "sampling": 1, "augmentation": 1, "mask": 1, "codes": 2}
 MEANS_FILE = "means.safetensors"
+BLOCKS = "teacher blocks"  # whose outputs are kept: by objective.teacher's layers and interval
 MEANS = "codes means (sha256)"  # of shards alone: measured once for a cache, and kept beside them
 
 
@@ -30,8 +32,7 @@ def cache_identity(recipe: Recipe) -> dict:
         "objective.teacher.size": _size_name(section.teacher.size),
         "objective.teacher.activation": section.teacher.activation,
         "objective.teacher.precision": section.teacher.precision,
-        "objective.teacher.layers": section.teacher.layers,
-        "objective.teacher.interval": section.teacher.interval,
+        BLOCKS: _blocks(section.teacher),
         **{f"data.views.sampling.{name}": value for name, value in sampling.items()},
         **{f"data.views.{name}": value for name, value in views.items()},
         "objective.mask.kind": section.mask.kind,
@@ -78,6 +79,17 @@ def teacher_hash(recipe: Recipe) -> str:
     return file_sha256(weights.checkpoint)
 
 
+def adopt_blocks(found: dict, expected: dict) -> tuple[dict, list[int] | None]:
+    """The expected identity of a cache that keeps more of the teacher's blocks than are asked for.
+
+    With it come the places, among those it keeps, of the ones asked for; None for all of them.
+    """
+    have, want = found.get(BLOCKS), expected[BLOCKS]
+    if have == want or not isinstance(have, list) or not set(want) <= set(have):
+        return expected, None
+    return {**expected, BLOCKS: have}, [have.index(block) for block in want]
+
+
 def require_identity(found: dict, expected: dict, *, where: str) -> None:
     """Refuse a cache that is not the recipe's: StateError, one line, on the first difference."""
     for name in sorted({**expected, **found}, key=MEANS.__eq__):  # they differ where settings do
@@ -106,6 +118,11 @@ def _text(value) -> str:
     if isinstance(value, list):
         return "[" + ",".join(str(item) for item in value) + "]"
     return "none" if value is None else str(value)
+
+
+def _blocks(teacher: Teacher) -> list[int]:
+    depth = resolve_size(vit_size(teacher.size)).depth
+    return list(return_layers(depth, teacher.layers, teacher.interval))
 
 
 def _size_name(size) -> str:

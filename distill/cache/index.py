@@ -136,6 +136,15 @@ def load_index(folder: Folder, identity: dict) -> CacheIndex:
     return CacheIndex(tuple(sizes), fields, **columns)
 
 
+def found_identity(folder: Folder) -> dict | None:
+    """The identity that a cache's records have, None where there are none; not checked yet."""
+    manifest = _read_manifest(folder)
+    if manifest is not None:
+        return manifest.identity
+    name = next(iter(shard_sizes(folder)), None)
+    return None if name is None else read_shard_index(folder, name).identity
+
+
 def _part_of(shard: ShardIndex, size_bytes: int) -> _Part:
     columns = {
         "clip_ids": shard.clip_ids,

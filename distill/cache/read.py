@@ -13,8 +13,8 @@ from distill import draw
 from distill.cache.buffers import BufferPool
 from distill.cache.calibrate import read_codec, with_codec
 from distill.cache.codes import Codec
-from distill.cache.identity import cache_identity, distill_section
-from distill.cache.index import CacheIndex, load_index
+from distill.cache.identity import adopt_blocks, cache_identity, distill_section
+from distill.cache.index import CacheIndex, found_identity, load_index
 from distill.cache.quarantine import quarantine_files, quarantined_ids
 from distill.cache.sealed import ALIGN_BYTES
 from distill.cache.shards import ShardReader
@@ -43,7 +43,8 @@ class Cache:
 
     `clip_ids` int64 [C] are the recipe's clips in the order of its list, less those in the
     cache's quarantine; `rows` int64 [C,V] are their records' places in `index`, -1 for a record
-    that is missing. `codec` decodes the records' codes.
+    that is missing. `codec` decodes the records' codes; of their layers the recipe's are at the
+    places `layers`, or all where that is None.
     """
 
     def __init__(
@@ -54,8 +55,10 @@ class Cache:
         *,
         clip_ids: np.ndarray | None = None,
         codec: Codec | None = None,
+        layers: list[int] | None = None,
     ) -> None:
-        self.folder, self.index, self.rows, self.codec = folder, index, rows, codec
+        self.folder, self.index, self.rows = folder, index, rows
+        self.codec, self.layers = codec, layers
         self.clip_ids = index.clip_ids[rows[:, 0]] if clip_ids is None else clip_ids
 
     @classmethod
@@ -70,12 +73,16 @@ class Cache:
         """Check a cache against a recipe; reads indexes only, and no teacher's file if its hash
         is in the recipe or `identity`, the recipe's `cache_identity`, is given.
 
-        Raises StateError, in one line that says what to do, for a cache that is damaged or made
-        with other settings and, unless `allow_missing`, for one without all of its records.
+        A cache of more of the teacher's layers than the recipe's will do where no record may be
+        missing. Raises StateError, in one line that says what to do, for one that is damaged or
+        made with other settings and, unless `allow_missing`, for one without all of its records.
         """
         folder = open_folder(folder)
         num_views = distill_section(recipe).cache.views
         identity = identity or cache_identity(recipe)
+        layers = None
+        if not allow_missing:  # what is made live has the recipe's own layers
+            identity, layers = adopt_blocks(found_identity(folder) or {}, identity)
         codec = read_codec(folder, identity)
         index = load_index(folder, with_codec(identity, codec))
         section = recipe.data.train
@@ -101,7 +108,7 @@ class Cache:
                 f"cache {folder}: lacks {missing} of the {rows.size} records of {len(clip_ids)} "
                 f"clips in {num_views} views; run 'distill cache-teacher' to add them"
             )
-        return cls(folder, index, rows, clip_ids=clip_ids, codec=codec)
+        return cls(folder, index, rows, clip_ids=clip_ids, codec=codec, layers=layers)
 
     @property
     def num_views(self) -> int:
