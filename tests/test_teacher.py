@@ -192,17 +192,21 @@ def test_linear_weights_that_are_cast_once_give_the_same_bits():
 
 
 def test_timed_attention_names_backends_that_work_fastest_first(monkeypatch):
-    """On a CPU there are two; a teacher that is told to use one gives the reference's features."""
-    seconds = iter([3.0, 2.0])
+    """On a CPU there are two, of which one is the last resort and here goes by another name."""
+    seconds = iter([3.0, 2.0, 1.0])
 
     def measured(call):
         call()
         return next(seconds)
 
     monkeypatch.setattr(internvideo2, "_median_seconds", measured)
-    device = torch.device("cpu")
-    times = internvideo2.time_attention((1, 2, 65, 88), dtype=torch.float32, device=device)
-    assert list(times.items()) == [("math", 2.0), ("flash", 3.0)]
+    settings = {"dtype": torch.float32, "device": torch.device("cpu")}
+    plain = internvideo2.ATTENTION["math"]
+    monkeypatch.setattr(internvideo2, "ATTENTION", {**internvideo2.ATTENTION, "plain": plain})
+    times = internvideo2.time_attention((1, 2, 65, 88), **settings)
+    assert list(times.items()) == [("plain", 2.0), ("flash", 3.0)]
+    monkeypatch.setattr(internvideo2, "ATTENTION", {"math": plain})
+    assert internvideo2.time_attention((1, 2, 65, 88), **settings) == {"math": 1.0}
 
 
 @pytest.mark.parametrize("name", ["math", "flash"])
