@@ -331,14 +331,15 @@ def shard_identity(path: Path, recipe: Recipe) -> dict:
 
 def kill_builds(kills: int, seed: int, counts: Counter, space: Path) -> Iterator[None]:
     """Kill one or both of the two writers of a cache, alone or with their decoding workers."""
-    clips, views, writers = 24, 3, 2
+    clips, views, writers = 32, 3, 2
     make_videos(space / "videos", count=clips)
     truth = build_recipe(space / "videos", space / "truth", views=views, shard_seconds=60)
     started = time.monotonic()
-    subprocess.run(
-        command(write_recipe(truth, space / "truth.yaml")), check=True, capture_output=True
-    )
-    whole_seconds = time.monotonic() - started
+    whole = start(command(write_recipe(truth, space / "truth.yaml")), space / "log")
+    wait_for_new_file(space / "truth", whole)
+    begun = time.monotonic()
+    require(whole.wait(600) == 0, (space / "log").read_text())
+    start_seconds, work_seconds = begun - started, time.monotonic() - begun
     uninterrupted = all_records(space / "truth", truth)
     require(len(uninterrupted) == clips * views, "the uninterrupted build is not whole")
     folder = None
@@ -356,12 +357,10 @@ def kill_builds(kills: int, seed: int, counts: Counter, space: Path) -> Iterator
         ]
         # Some die while they are starting, most while there is something to lose.
         if stream.random() < 0.2:
-            time.sleep(stream.uniform(0, whole_seconds))
+            time.sleep(stream.uniform(0, start_seconds))
         else:
-            files = set(folder.path.glob("*"))
-            while set(folder.path.glob("*")) <= files and any(p.poll() is None for p in running):
-                time.sleep(0.005)
-            time.sleep(stream.uniform(0, 0.25 * whole_seconds))
+            wait_for_new_file(folder.path, *running)
+            time.sleep(stream.uniform(0, 0.7 * work_seconds))
         victims = stream.choice([running, running, running[:1], running[1:]])
         with_workers = stream.random() < 0.5
         num_killed = 0
@@ -398,6 +397,13 @@ def kill_builds(kills: int, seed: int, counts: Counter, space: Path) -> Iterator
             shutil.rmtree(folder.path)
             folder = None
         yield
+
+
+def wait_for_new_file(folder: Path, *running: subprocess.Popen) -> None:
+    """Until a process has written something there, or all have ended."""
+    before = set(folder.glob("*"))
+    while set(folder.glob("*")) <= before and any(one.poll() is None for one in running):
+        time.sleep(0.002)
 
 
 def wait_for_group(group: int) -> None:
