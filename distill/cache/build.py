@@ -62,8 +62,10 @@ class BuildReport:
     def lines(self) -> list[str]:
         """The report for the console."""
         where = f"cache {self.folder}"
-        rate = f" ({self.written / self.seconds:.2f} views/s)" if self.written and self.seconds else ""
-        made = f"{self.written} new in {self.seconds:.0f} s{rate}, {log.size_text(self.size_bytes)}"
+        made = f"{self.written} new in {self.seconds:.0f} s"
+        if self.written and self.seconds:
+            made += f" ({self.written / self.seconds:.2f} views/s)"
+        made += f", {log.size_text(self.size_bytes)}"
         whole = self.num_clips * self.num_views
         listed = f"({self.num_clips} clips, {self.num_views} views)"
         text = [f"{where}: {self.in_cache} of {whole} records {listed}: {made}"]
