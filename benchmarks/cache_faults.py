@@ -346,9 +346,14 @@ def kill_builds(kills: int, seed: int, counts: Counter, space: Path) -> Iterator
     while counts["kills"] < kills:
         if folder is None:
             folder = Folder(Path(tempfile.mkdtemp(prefix="build-", dir=space)))
-            recipe = build_recipe(space / "videos", folder.path, views=views, shard_seconds=0.15)
-            path = write_recipe(recipe, space / "recipe.yaml")
         stream = random.Random(f"{seed} {counts['kills']} {counts['finished']}")
+        recipe = build_recipe(
+            space / "videos",
+            folder.path,
+            views=views,
+            shard_seconds=stream.choice([0.1, 1.0, 60.0]),  # closed after every batch, or once
+        )
+        path = write_recipe(recipe, space / "recipe.yaml")
         log = space / "log"
         log.unlink(missing_ok=True)
         running = [
@@ -356,11 +361,12 @@ def kill_builds(kills: int, seed: int, counts: Counter, space: Path) -> Iterator
             for number in range(1, writers + 1)
         ]
         # Some die while they are starting, most while there is something to lose.
-        if stream.random() < 0.2:
+        if stream.random() < 0.15:
             time.sleep(stream.uniform(0, start_seconds))
         else:
-            wait_for_new_file(folder.path, *running)
-            time.sleep(stream.uniform(0, 0.7 * work_seconds))
+            for _ in range(stream.choice([1, 3, 4, 5])):  # probes and open shards come and go
+                wait_for_new_file(folder.path, *running)
+            time.sleep(stream.uniform(0, 0.3 * work_seconds))
         victims = stream.choice([running, running, running[:1], running[1:]])
         with_workers = stream.random() < 0.5
         num_killed = 0
