@@ -31,7 +31,7 @@ from distill.recipe import Recipe
 from distill.teachers import Teacher
 
 MEGABYTE = 2**20
-MEANS_WAIT_SECONDS = 600.0  # for another process to measure them
+MEANS_WAIT_SECONDS = 120.0  # for another process to measure them, which may be gone
 MEANS_POLL_SECONDS = 1.0
 SHOWN_CLIPS = 3  # of those that cannot be decoded; the rest are counted
 
