@@ -160,7 +160,7 @@ class Cache(Section):
     folder: str
     views: PositiveInt = 8
     seed: int = Field(0, description="of views and masks; runs of any seed train from them")
-    codes: Literal["fp16", "8bit", "4bit", "3bit", "2bit"] = "8bit"
+    codes: Literal["fp16", "8bit", "4bit", "3bit", "2bit"] = "4bit"
     tokens: KeptTokens = Field(
         "visible", description="superset, twice as many, and all: a new mask in every epoch"
     )

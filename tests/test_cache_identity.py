@@ -50,7 +50,7 @@ SETTINGS = [
     ),
     ("objective__mask__kind", "tube", "holds objective.mask.kind attention, the recipe asks"),
     ("objective__mask__ratio", 0.9, "holds objective.mask.ratio 0.8, the recipe asks for 0.9"),
-    ("objective__cache__codes", "fp16", "holds objective.cache.codes 8bit, the recipe asks fo"),
+    ("objective__cache__codes", "fp16", "holds objective.cache.codes 4bit, the recipe asks fo"),
     ("objective__cache__tokens", "all", "holds objective.cache.tokens visible, the recipe as"),
     ("objective__cache__pixels", "full", "holds objective.cache.pixels visible, the recipe a"),
     ("objective__cache__seed", 1, "holds objective.cache.seed 0, the recipe asks for 1; set "),
@@ -184,8 +184,8 @@ def test_codes_with_other_means_are_refused(expected, line):
 
 def test_a_setting_that_differs_is_named_before_the_means():
     found = {MEANS: "ab12", **cache_identity(recipe())}
-    with pytest.raises(StateError, match="holds objective.cache.codes 8bit, the recipe asks for 4"):
-        require_identity(found, cache_identity(recipe(objective__cache__codes="4bit")), where="c")
+    with pytest.raises(StateError, match="holds objective.cache.codes 4bit, the recipe asks for 8"):
+        require_identity(found, cache_identity(recipe(objective__cache__codes="8bit")), where="c")
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,7 @@ def test_plan_prints_a_table_and_json():
     figures = json.loads(result.output)
     assert figures["steps"] == 53_800
     assert figures["sustained_tflops"] == 800
-    assert figures["cache"]["record_bytes"]["codes"] == 3_472_128
+    assert figures["cache"]["record_bytes"]["codes"] == 1_736_064
 
 
 def test_plan_of_a_study_has_a_part_for_each_stage(recipe):

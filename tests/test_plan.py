@@ -63,13 +63,13 @@ def test_bytes_of_the_cache_are_counted_by_field(plans):
     assert cache.record_bytes == {
         "tokens": 820,
         "patches": 241_080,
-        "codes": 3_472_128,
+        "codes": 1_736_064,
         "scales": 4_932,
         "pooled": 1_536,
         "attention": 8_192,
     }
-    assert cache.view_bytes == 3_728_688
-    assert cache.total_bytes == 3_728_688 * 1_100_000 * 8
+    assert cache.view_bytes == 1_992_624
+    assert cache.total_bytes == 1_992_624 * 1_100_000 * 8
     half = make_plan(load_recipe("L14", ["objective.cache.codes=fp16"])).cache
     assert half.record_bytes["codes"] == 6_944_256
     assert "scales" not in half.record_bytes
@@ -82,17 +82,17 @@ def test_bytes_of_the_cache_are_counted_by_field(plans):
     [
         (
             ["tokens=superset"],
-            {"tokens": 1640, "next_arrival": 4, "patches": 482_160, "codes": 6 * 821 * 1408},
+            {"tokens": 1640, "next_arrival": 4, "patches": 482_160, "codes": 6 * 821 * 704},
             "820 of a clip's patches; a new mask in every epoch",
         ),
         (
             ["tokens=all"],
-            {"tokens": 4096, "next_arrival": 4, "patches": 1_204_224, "codes": 6 * 2049 * 1408},
+            {"tokens": 4096, "next_arrival": 4, "patches": 1_204_224, "codes": 6 * 2049 * 704},
             "2,048 of a clip's patches; a new mask in every epoch",
         ),
         (
             ["pixels=full"],
-            {"tokens": 820, "pixels": 1_204_224, "codes": 3_472_128},
+            {"tokens": 820, "pixels": 1_204_224, "codes": 1_736_064},
             "410 of a clip's patches; the mask of a view stays",
         ),
     ],
@@ -102,10 +102,10 @@ def test_other_tokens_and_pixels_are_counted(plans, overrides, changed, row):
     found = plan.cache.record_bytes
     assert {name: found[name] for name in changed} == changed
     assert ("pixels" in found) != ("patches" in found)
-    assert found["scales"] == 2 * found["codes"] // 1408
+    assert found["scales"] == 2 * found["codes"] // 704
     assert dict(plan_rows(plan))["kept tokens"] == row
     assert plan.step_tflop == plans["L14"].step_tflop, "a student sees as many tokens as before"
-    more = 8 * 16 * (found["codes"] - 3_472_128)  # 16 clips at once, two float32 copies
+    more = 16 * 16 * (found["codes"] - 1_736_064)  # 16 clips at once, two float32 copies
     assert plan.cache.build_memory_gb - plans["L14"].cache.build_memory_gb == pytest.approx(
         more / 1e9
     )
@@ -174,7 +174,7 @@ def test_rows_say_it_in_words(plans):
     assert rows["model"] == "L14: 327,183,872 parameters, 411 tokens a clip"
     assert rows["training step"] == "0.8376 TFLOP a clip, of which forward 0.2793 TFLOP"
     assert rows["as published"].startswith("0.8415 TFLOP a clip")
-    assert rows["cache"] == "32.81 TB for 8 views of every clip"
+    assert rows["cache"] == "17.54 TB for 8 views of every clip"
     assert rows["break-even"] == "after epoch 8 of 100"
 
 
@@ -191,7 +191,7 @@ def test_students_together_read_once_and_hold_all_weights(plans):
     assert plan.live_hours == pytest.approx(100 * per_clip * (3 * 5.1014 + step), rel=1e-4)
     assert plan.live_together_hours == pytest.approx(100 * per_clip * (5.1014 + step), rel=1e-4)
     rows = dict(together_rows(plan))
-    assert rows["records"] == "4.10 TB an epoch, read once for all, 4,096 at a time"
+    assert rows["records"] == "2.19 TB an epoch, read once for all, 4,096 at a time"
     assert rows["  live, a run each"] == "1,258.2 hours; with the cache 10.5 times faster"
     assert rows["  live, one run"] == "478.8 hours; with the cache 4.0 times faster"
 

@@ -548,7 +548,7 @@ def test_mistakes_of_students_name_the_file_they_are_in():
         ("objective.teacher.layers", "3", "6"),
         ("objective.cache.views", "2", "8"),
         ("objective.cache.folder", '"x"', '"caches/c"'),
-        ("objective.cache.codes", '"fp16"', '"8bit"'),
+        ("objective.cache.codes", '"fp16"', '"4bit"'),
     ],
 )
 def test_students_agree_on_all_that_they_read(setting, found, other):
