@@ -62,6 +62,9 @@ TITLES = {
     "most lost bytes": "bytes of the largest open file left",
     "records": "records made",
     "shards": "shards of the finished caches",
+    "left: no open file": "left behind: no open file",
+    "left: records being written": "left behind: a file of records",
+    "left: whole, without its name yet": "left behind: a file with its header, not yet named",
 }
 
 
@@ -575,16 +578,17 @@ def report(results: dict) -> str:
         "",
         "`python benchmarks/cache_faults.py writer --kills 1000`, `build --kills 50`, `faults`, "
         "`report`.",
-        "Real processes on two cores of an Intel Xeon shared with other jobs, local disk. After "
-        "every kill:",
-        "each shard with a name is whole, each record in it is read and compared, nothing "
-        "committed before has",
-        "changed, no record is there twice, and at most one file is open for each writer. A cache "
-        "that is finished at",
-        "last is compared record by record with an uninterrupted one, and the next one is begun. "
-        "A kill leaves the",
-        "system's own buffers alone: that files survive a power cut rests on fsync before rename, "
-        "and is not tried here.",
+        "Real processes on two cores of an Intel Xeon that others kept busy (hence the seconds), "
+        "local disk; in",
+        "several pieces, each of which went on from the counts of the last. After every kill each "
+        "shard with a name is",
+        "whole, each record in it is read and compared, nothing committed before has changed, no "
+        "record is there twice,",
+        "and a writer alone has left one open file at most. A cache that is finished at last is "
+        "compared record by",
+        "record with an uninterrupted one, and the next one is begun. A kill leaves the system's "
+        "own buffers alone: that",
+        "files survive a power cut rests on fsync before rename, and is not tried here.",
     ]
     for name, title in titles.items():
         if name not in results:
