@@ -261,11 +261,11 @@ def test_python_ends_while_a_run_is_left_open(tmp_path):
 
 
 def test_a_suspended_run_does_not_blame_its_clips(tmp_path):
-    text = TRAINER.replace("TIMEOUT", "3").replace("THEN", "sleep 2")
+    text = TRAINER.replace("TIMEOUT", "6").replace("THEN", "sleep 2")
     with run_script(text, tmp_path) as trainer:
         trainer.stdout.readline()
         os.killpg(trainer.pid, signal.SIGSTOP)
-        time.sleep(4)
+        time.sleep(7)
         os.killpg(trainer.pid, signal.SIGCONT)
         assert trainer.stdout.read().endswith("done\n")
         assert trainer.wait() == 0

@@ -29,7 +29,7 @@ _SHOWN_LINES = 20  # bad lines spelt out in a message; the rest are counted
 _BLANKS = re.compile(r'"((?:[^"]|"")*)"(?=\s|$)|([^"\s]\S*)')
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)  # there may be millions
 class Clip:
     """One line of a list. `id` hashes `name`, start and end: it survives moving and reordering.
 
