@@ -12,13 +12,14 @@ from distill import recipe as schema
 from distill.cache.build import build_cache
 from distill.cache.hybrid import HybridBatches, open_hybrid
 from distill.cache.identity import cache_identity
+from distill.cache.live import tuned_teacher
 from distill.cache.read import Cache, CachedBatches
 from distill.data.index import check_videos, read_list
 from distill.data.load import ClipBatches, Quarantine
 from distill.errors import StateError
 from distill.evaluate import labelled_clips
 from distill.mask import make_redraw
-from distill.models import build_classifier, build_student, build_teacher, load_recipe_weights
+from distill.models import build_classifier, build_student, load_recipe_weights
 from distill.objective import ClassifyObjective, DistillObjective
 from distill.students.vit import VideoViT
 from distill.targets import CachedTargets, LiveTargets
@@ -89,7 +90,9 @@ def build_job(
     if is_live:
         model = with_weights(build_student(recipe), recipe)
         loss = DistillObjective(model, objective, seed=seed)
-        teacher = build_teacher(recipe).to(device)
+        teacher = tuned_teacher(
+            recipe, batch_size=recipe.optim.micro_batch or batch_size, device=device
+        )
         prepare = LiveTargets(
             teacher,
             objective.mask,

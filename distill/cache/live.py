@@ -35,9 +35,14 @@ def cached_teacher(recipe: Recipe) -> Teacher:
                 f"objective.cache.teacher_hash is {expected}, but the teacher's is {found}; drop "
                 "the hash from the recipe, or give the teacher it belongs to"
             )
-    teacher = build_teacher(recipe).to(pick_device())
-    dtype = AUTOCAST.get(section.teacher.precision, torch.float32)
-    teacher.tune(dtype, batch_size=section.cache.batch_size)
+    return tuned_teacher(recipe, batch_size=section.cache.batch_size, device=pick_device())
+
+
+def tuned_teacher(recipe: Recipe, *, batch_size: int, device: torch.device) -> Teacher:
+    """The recipe's teacher on a device, made ready for batches of this size."""
+    teacher = build_teacher(recipe).to(device)
+    dtype = AUTOCAST.get(recipe.objective.teacher.precision, torch.float32)
+    teacher.tune(dtype, batch_size=batch_size)
     return teacher
 
 
