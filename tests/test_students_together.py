@@ -3,7 +3,6 @@
 import fcntl
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -202,7 +201,6 @@ distill.train.train_together([load_recipe(path) for path in paths],
         path.write_text(dump_recipe(recipe(videos, name, run__save_minutes=1e-9)))
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, paths)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
