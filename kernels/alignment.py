@@ -30,8 +30,9 @@ TINY = 1e-12  # the least length that is divided by, as in F.normalize
 TILE = 4096  # elements of the rows that a program holds at a time
 MOST_ROWS = 64  # of them, where rows are short
 WIDEST = 8192  # a row has to fit into registers; there is no wider teacher
-NUM_STAGES = 3  # of loads under way
-PROGRAMS = 2  # for each multiprocessor, which has registers for as many
+NUM_STAGES = 2  # of loads under way
+PROGRAMS = 2  # for each multiprocessor
+MAX_REGISTERS = 128  # of a thread: two programs of 256 threads fit
 DECODED_BYTES = 32 * 2**20  # of targets at a time: an H100's cache of 50 MB holds them
 SCALE_BLOCK = 4096
 
@@ -165,6 +166,7 @@ def _alignment_fwd(
     *,
     upstream: float | None,
     programs: int,
+    decoded_bytes: int = DECODED_BYTES,
 ) -> tuple[Tensor, ...]:
     """Losses [K] and, for an upstream gradient, gradients [K,B,M,E], [K,E] and [K,E].
 
@@ -185,7 +187,7 @@ def _alignment_fwd(
     is_coded = isinstance(targets, CodedTargets)
     dtype = torch.float32 if raw[0].dtype == torch.float32 else torch.float16
     clip_bytes = layers * tokens * width * dtype.itemsize
-    step = max(1, DECODED_BYTES // clip_bytes) if is_coded else clips
+    step = max(1, decoded_bytes // clip_bytes) if is_coded else clips
     for start in range(0, clips, step):
         part = slice(start, min(start + step, clips))
         if is_coded:
@@ -217,6 +219,7 @@ def _alignment_fwd(
                 BLOCK=block,
                 STAGES=NUM_STAGES,
                 num_warps=num_warps(block),
+                maxnreg=MAX_REGISTERS,
             )
     losses = 2 - 2 * cosines.sum(dim=1) / (clips * tokens)
     if upstream is None:
@@ -224,13 +227,14 @@ def _alignment_fwd(
     return losses, gradients, gain_parts.sum(dim=1), bias_parts.sum(dim=1)
 
 
-def _alignment_bwd(gradients: Tensor, ratio: Tensor) -> None:
+def _alignment_bwd(gradients: Tensor, ratio: Tensor) -> Tensor:
     """Scale each layer's gradients in place, by a ratio that may be 1."""
     size = gradients[0].numel()
     with torch.cuda.device_of(gradients):
         _alignment_bwd_kernel[(-(-size // SCALE_BLOCK), len(gradients))](
             gradients, ratio, size, BLOCK=SCALE_BLOCK
         )
+    return gradients
 
 
 def _num_programs(x: Tensor) -> int:

@@ -31,6 +31,7 @@ LARGEST_LEFT, LARGEST_RIGHT = 128, 32  # that rows are turned by in registers
 TILE = 4096  # elements of the rows that are turned together, padded ones included
 NUM_WARPS = 8
 PROGRAMS = 2  # for each multiprocessor: each loads `left` once
+MAX_REGISTERS = 128  # of a thread: two programs of 256 threads fit
 
 
 class CodedTargets(NamedTuple):
@@ -82,25 +83,26 @@ def _decode_targets_fwd_kernel(
     means,  # float32 [K,width]
     flips,  # float32 [width]
     left,  # float32 [LEFT,LEFT]
-    right,  # float32 [right_size,right_size]
+    right,  # float32 [RIGHT,RIGHT]
     rows,  # [R,width], written
     num_rows,
     rows_per_clip,  # of one layer
     num_layers,
-    width,
-    right_size,
-    row_bytes,
     BITS: tl.constexpr,
     ROWS: tl.constexpr,
     LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,  # right_size, padded to what tl.dot takes
+    RIGHT: tl.constexpr,
+    PADDED: tl.constexpr,  # RIGHT, up to what tl.dot takes
 ):
-    i, j = tl.arange(0, LEFT), tl.arange(0, RIGHT)
+    # Sizes are constants, or every element's offsets would take registers for themselves.
+    width: tl.constexpr = LEFT * RIGHT
+    row_bytes: tl.constexpr = (width * BITS + 7) // 8
+    i, j = tl.arange(0, LEFT), tl.arange(0, PADDED)
     mix_i = tl.load(left + i[:, None] * LEFT + i[None, :]).to(tl.float16)
-    is_j = j < right_size
-    at_j = right + j[:, None] * right_size + j[None, :]
+    is_j = j < RIGHT
+    at_j = right + j[:, None] * RIGHT + j[None, :]
     mix_j = tl.load(at_j, mask=is_j[:, None] & is_j[None, :], other=0.0).to(tl.float16)
-    column = i[:, None] * right_size + j[None, :]  # [i,j]
+    column = i[:, None] * RIGHT + j[None, :]  # [i,j]
     step = tl.num_programs(0) * ROWS
     for start in tl.range(tl.program_id(0) * ROWS, num_rows, step):
         row = start + tl.arange(0, ROWS)
@@ -114,11 +116,11 @@ def _decode_targets_fwd_kernel(
             word |= tl.load(codes + at + 1, mask=goes_on, other=0).to(tl.int32) << 8
         value = (word >> (bit % 8)[None, :, :]) & ((1 << BITS) - 1)
         q = tl.load(levels + value, mask=mask, other=0.0).to(tl.float16)  # [r,i,j]
-        q = tl.reshape(q, [ROWS * LEFT, RIGHT])
+        q = tl.reshape(q, [ROWS * LEFT, PADDED])
         q = tl.dot(q, mix_j).to(tl.float16)
-        q = tl.permute(tl.reshape(q, [ROWS, LEFT, RIGHT]), [0, 2, 1])
-        q = tl.dot(tl.reshape(q, [ROWS * RIGHT, LEFT]), mix_i)
-        q = tl.permute(tl.reshape(q, [ROWS, RIGHT, LEFT]), [0, 2, 1])
+        q = tl.permute(tl.reshape(q, [ROWS, LEFT, PADDED]), [0, 2, 1])
+        q = tl.dot(tl.reshape(q, [ROWS * PADDED, LEFT]), mix_i)
+        q = tl.permute(tl.reshape(q, [ROWS, PADDED, LEFT]), [0, 2, 1])
         scale = tl.load(scales + row, mask=is_row, other=0.0).to(tl.float32)
         flip = tl.load(flips + column, mask=is_j[None, :], other=0.0)
         layer = row // rows_per_clip % num_layers
@@ -133,8 +135,8 @@ def _decode_targets_fwd(targets: CodedTargets, dtype: torch.dtype, *, programs: 
     codes, scales, levels, means, flips, left, right = (x.contiguous() for x in targets)
     layers, clips, tokens, width = targets.shape
     rows = torch.empty(clips, layers, tokens, width, dtype=dtype, device=codes.device)
-    right_block = max(SMALLEST_DOT, 1 << (len(right) - 1).bit_length())
-    block_rows = max(1, TILE // (len(left) * right_block))
+    padded = max(SMALLEST_DOT, 1 << (len(right) - 1).bit_length())
+    block_rows = max(1, TILE // (len(left) * padded))
     num_rows = scales.numel()
     with torch.cuda.device_of(codes):  # Triton launches on the current device
         _decode_targets_fwd_kernel[(max(1, min(programs, -(-num_rows // block_rows))),)](
@@ -149,14 +151,13 @@ def _decode_targets_fwd(targets: CodedTargets, dtype: torch.dtype, *, programs: 
             num_rows,
             tokens,
             layers,
-            width,
-            len(right),
-            codes.shape[-1],
             BITS=BITS_OF[len(levels)],
             ROWS=block_rows,
             LEFT=len(left),
-            RIGHT=right_block,
+            RIGHT=len(right),
+            PADDED=padded,
             num_warps=NUM_WARPS,
+            maxnreg=MAX_REGISTERS,
             num_stages=1,  # more would keep codes in shared memory, and only one block at a time
         )
     return rows
