@@ -10,7 +10,7 @@ This equals |z / |z| - t|^2 where t is of unit length, and stays linear in t whe
 Gradients are made with the losses, while x and t are in registers: each is read once, and what is
 left for the backward pass is to scale them, by 1 where it was known beforehand. Coded targets are
 decoded a few clips at a time (see `coded_targets.py`), as many as a GPU's cache holds.
-Source: InternVideo2's distillation loss (single_modality/engines/engine_for_distill.py); 
+Source: InternVideo2's distillation loss (single_modality/engines/engine_for_distill.py);
 """
 
 from __future__ import annotations  # see jit.py
@@ -237,6 +237,12 @@ def _alignment_bwd(gradients: Tensor, ratio: Tensor) -> Tensor:
     return gradients
 
 
+def upstream_ratio(upstream: Tensor, expected: float) -> Tensor:
+    """By what gradients [K] made for `expected` are scaled: 1 where only rounding is between."""
+    ratio = upstream / expected
+    return torch.where((ratio - 1).abs() < 4 * torch.finfo(ratio.dtype).eps, 1.0, ratio)
+
+
 def _num_programs(x: Tensor) -> int:
     return PROGRAMS * torch.cuda.get_device_properties(x.device).multi_processor_count
 
@@ -261,7 +267,7 @@ class _Alignment(torch.autograd.Function):
             raise RuntimeError("alignment: its gradients are handed out once; run forward again")
         ctx.is_scaled = True
         gradients, gain, bias = ctx.saved_tensors
-        ratio = (upstream / ctx.upstream).contiguous()
+        ratio = upstream_ratio(upstream, ctx.upstream)
         _alignment_bwd(gradients, ratio)
         vectors = [*(gain * ratio[:, None]), *(bias * ratio[:, None])]
         cast = [x.to(dtype) for x, dtype in zip(vectors, ctx.dtypes, strict=True)]
@@ -305,4 +311,4 @@ def alignment(
         return _alignment_fwd(raw, weight, bias, targets, upstream=None, programs=programs)[0]
     if x.dtype == torch.float16:  # where a mean's gradients are smaller than any number
         upstream = float(x.shape[0] * x.shape[1])
-    return _Alignment.apply(targets, upstream, len(raw), *leaves)
+    return _Alignment.apply(targets, upstream or 1.0, len(raw), *leaves)

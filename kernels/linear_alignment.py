@@ -35,6 +35,7 @@ from distill.kernels.alignment import (
     _alignment_fwd,
     _num_programs,
     alignment_reference,
+    upstream_ratio,
 )
 from distill.kernels.coded_targets import CodedTargets
 from distill.kernels.codes import decode_codes
@@ -373,7 +374,7 @@ class _LinearAlignment(torch.autograd.Function):
         if ctx.is_scaled:
             raise RuntimeError("linear alignment: gradients are handed out once; run forward again")
         ctx.is_scaled = True
-        ratio = upstream / ctx.upstream
+        ratio = upstream_ratio(upstream, ctx.upstream)
         gradients = []
         for index, x in enumerate(ctx.saved_tensors):
             by = ratio[index % ctx.layers]
@@ -422,4 +423,4 @@ def linear_alignment(
         upstream = float(h.shape[0] * h.shape[1])
     with torch.autocast("cuda", enabled=False):
         states = [x.to(dtype) for x in states]
-        return _LinearAlignment.apply(targets, upstream, layers, *states, *leaves[layers:])
+        return _LinearAlignment.apply(targets, upstream or 1.0, layers, *states, *leaves[layers:])

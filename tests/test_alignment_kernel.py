@@ -18,7 +18,9 @@ RATIO = torch.tensor([1.0, -0.3, 2.5])
 
 def gradients_of(raw, weight, bias, targets, upstream):
     """Losses, and gradients of all projections, gains and biases, in float64."""
-    leaves = [[x.detach().double().requires_grad_() for x in group] for group in (raw, weight, bias)]
+    leaves = [
+        [x.detach().double().requires_grad_() for x in group] for group in (raw, weight, bias)
+    ]
     losses = formula(*leaves, targets.double())
     flat = [leaf for group in leaves for leaf in group]
     found = torch.autograd.grad(upstream * losses.sum(), flat)
@@ -108,7 +110,12 @@ def test_layers_of_two_dtypes_are_refused():
 
 @pytest.mark.parametrize(
     ("width", "dtype", "target"),
-    [(1408, "bf16", "bf16"), (1408, "bf16", "fp16"), (1408, "fp32", "fp32"), (3200, "fp16", "fp16")],
+    [
+        (1408, "bf16", "bf16"),
+        (1408, "bf16", "fp16"),
+        (1408, "fp32", "fp32"),
+        (3200, "fp16", "fp16"),
+    ],
 )
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_the_kernel_compiles_for_gpus(capability, width, dtype, target, monkeypatch, tmp_path):
