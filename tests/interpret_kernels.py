@@ -1,7 +1,8 @@
 """Runs Triton kernels in Triton's interpreter: python tests/interpret_kernels.py IN OUT.
 
 A process of its own, since the interpreter has to be chosen before Triton is imported. IN holds
-what to call by name, as `module.function`, with its arguments; OUT gets what is returned. Memory
+what to call by name, as `module.function` of `distill.kernels` or of applied.py here, with its
+arguments; OUT gets what is returned. Memory
 that nothing has written holds NaN.
 """
 
@@ -20,7 +21,8 @@ def main() -> None:
     found = {}
     for name, (place, arguments, settings) in torch.load(sys.argv[1], weights_only=False).items():
         module, function = place.split(".")
-        call = getattr(importlib.import_module(f"distill.kernels.{module}"), function)
+        package = "" if module == "applied" else "distill.kernels."
+        call = getattr(importlib.import_module(package + module), function)
         found[name] = call(*arguments, **settings)
     torch.save(found, sys.argv[2])
 

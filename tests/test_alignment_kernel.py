@@ -13,6 +13,7 @@ from distill.kernels.alignment import alignment
 
 LAYERS, UPSTREAM = 3, 1.7
 WIDTHS = (1, 13, 257)  # 257: more than one row's block holds nothing behind its last column
+EACH = torch.tensor([0.25, 0.25, -0.5])  # layers' upstream gradients
 RATIO = torch.tensor([1.0, -0.3, 2.5])
 
 
@@ -56,6 +57,9 @@ def interpreted(tmp_path_factory):
         coded_case(),
         {**settings, "decoded_bytes": 1},
     )
+    for expected in (1.0, 0.25):
+        arguments = ("alignment", list(case(13)[:3]), case(13)[3], EACH, expected)
+        calls[f"applied {expected}"] = ("applied.gradients", arguments, {})
     scaled = torch.randn(3, 2, 37, 13, generator=torch.Generator().manual_seed(0))
     calls["scaled"] = ("alignment._alignment_bwd", (scaled, RATIO), {})
     return interpret(calls, tmp_path_factory.mktemp("interpreter")) | {"unscaled": scaled}
@@ -91,6 +95,18 @@ def test_without_gradients_there_are_losses_alone(interpreted):
 def test_gradients_are_scaled_layer_by_layer(interpreted):
     expected = interpreted["unscaled"] * RATIO[:, None, None, None]
     assert_close(interpreted["scaled"], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("expected", [1.0, 0.25])
+def test_the_function_scales_by_its_upstream_gradient_and_once(interpreted, expected):
+    losses, found, message = interpreted[f"applied {expected}"]
+    want = gradients_of(*case(13), 1.0)
+    assert_close(losses.double(), want[0], **TOLERANCE[torch.float32])
+    for index, group in enumerate(want[1:]):
+        for layer in range(LAYERS):
+            one = found[index * LAYERS + layer].double()
+            assert_close(one, EACH[layer] * group[layer], **TOLERANCE[torch.float32])
+    assert "handed out once" in message
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -13,6 +13,8 @@ from distill.kernels import linear_alignment as module
 from distill.kernels.linear_alignment import _gram, _rows_in_torch, linear_alignment
 
 UPSTREAM = 0.6
+EACH = torch.tensor([UPSTREAM, -1.2])  # layers' upstream gradients
+APPLIED = (24, module.WIDEST_GRAM + 1)  # by Gram matrices, and by chunks
 GRAM = {"rtol": 1e-9, "atol": 1e-11}
 CODED = {"rtol": 1e-6, "atol": 1e-8}  # codes' rows are a float32 product
 SINGLE = {"rtol": 1e-4, "atol": 1e-6}
@@ -102,6 +104,11 @@ def interpreted(tmp_path_factory):
     calls["chunks"] = ("linear_alignment._chunks", (*arguments, targets), settings)
     coded = (*inputs(24, 96, torch.float32), coded_targets(4, 96, clips=3, layers=1))
     calls["coded chunks"] = ("linear_alignment._chunks", coded, settings)
+    for width in APPLIED:
+        groups = [[x, x] for x in inputs(width, 57, torch.float32)]
+        targets = plain_targets(3, 5, 57).float()
+        arguments = ("linear", groups, torch.stack([targets, -targets]), EACH, 0.6)
+        calls[f"applied {width}"] = ("applied.gradients", arguments, {})
     return interpret(calls, tmp_path_factory.mktemp("interpreter"))
 
 
@@ -125,6 +132,18 @@ def test_chunks_take_coded_targets(interpreted):
     want = expected(inputs(24, 96, torch.float32), targets)
     for one, other in zip(interpreted["coded chunks"], want, strict=True):
         assert_close(one.double(), other, **SINGLE)
+
+
+@pytest.mark.parametrize("width", APPLIED)
+def test_the_function_is_the_formula_for_every_layer(interpreted, width):
+    losses, found, message = interpreted[f"applied {width}"]
+    arguments, targets = inputs(width, 57, torch.float32), plain_targets(3, 5, 57).float()
+    for layer, aims in enumerate((targets, -targets)):
+        loss, *want = expected(arguments, aims)
+        assert_close(losses[layer].double(), loss, **SINGLE)
+        for one, gradient in zip(found[layer::2], want, strict=True):
+            assert_close(one.double(), gradient * EACH[layer] / UPSTREAM, **SINGLE)
+    assert "handed out once" in message
 
 
 def test_the_operation_is_the_formula_for_every_layer():

@@ -65,6 +65,9 @@ def interpreted(tmp_path_factory):
             (rows, upstream.float(), centres),
             {},
         )
+    patches, *others = inputs(*SHAPES[1])
+    arguments = (patches, *(x.float() for x in others))
+    calls["applied"] = ("applied.embedding", arguments, STATISTICS)
     return interpret(calls, tmp_path_factory.mktemp("interpreter"))
 
 
@@ -89,6 +92,11 @@ def test_the_kernels_are_the_formula_and_write_every_element(interpreted, index)
     found = interpreted[f"bwd {index}"].double()
     found = (found + torch.outer(dbias, offset.double())) * scale.double()
     assert_close(found, dweight, rtol=1e-4, atol=1e-5)
+
+
+def test_the_function_gives_embeddings_and_gradients(interpreted):
+    for found, want in zip(interpreted["applied"], formula(*inputs(*SHAPES[1])), strict=True):
+        assert_close(found.double(), want, rtol=1e-4, atol=1e-5)
 
 
 def test_centred_patches_are_whole_numbers_that_bfloat16_holds():
