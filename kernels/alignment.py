@@ -10,7 +10,7 @@ This equals |z / |z| - t|^2 where t is of unit length, and stays linear in t whe
 Gradients are made with the losses, while x and t are in registers: each is read once, and what is
 left for the backward pass is to scale them, by 1 where it was known beforehand. Coded targets are
 decoded a few clips at a time (see `coded_targets.py`), as many as a GPU's cache holds.
-Source: InternVideo2's distillation loss (single_modality/engines/engine_for_distill.py);
+Source: InternVideo2's distillation loss (single_modality/engines/engine_for_distill.py).
 """
 
 from __future__ import annotations  # see jit.py

@@ -70,7 +70,8 @@ def decode_targets_reference(targets: CodedTargets, dtype: torch.dtype) -> Tenso
     width = len(targets.flips)
     rows = decode(*targets[:3], width=width, dtype=torch.float32).to(mixed)
     rows = rearrange(rows, "b k m (p q) -> b k m p q", q=len(targets.right))
-    rows = targets.left.to(mixed) @ rows @ targets.right.to(mixed)
+    with torch.autocast(rows.device.type, enabled=False):  # the loss is computed within it
+        rows = targets.left.to(mixed) @ rows @ targets.right.to(mixed)
     rows = rearrange(rows, "b k m p q -> b k m (p q)") * targets.flips.to(mixed)
     return (rows + targets.means[:, None].to(mixed)).to(dtype)
 

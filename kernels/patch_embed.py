@@ -179,7 +179,7 @@ class _PatchEmbed(torch.autograd.Function):
         scaled = weight.float() * scale
         ctx.save_for_backward(patches, centres, offset, scale)
         ctx.dtypes = weight.dtype, bias.dtype
-        shift = bias.float() + scaled @ offset
+        shift = bias.float() + (scaled * offset).sum(dim=1)  # autocast would round a product
         return _patch_embed_fwd(patches, scaled.to(dtype).contiguous(), shift, centres)
 
     @staticmethod

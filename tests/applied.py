@@ -25,8 +25,9 @@ def gradients(kind: str, groups: list, targets, upstream: Tensor, expected: floa
 def embedding(
     patches: Tensor, weight: Tensor, bias: Tensor, upstream: Tensor, **statistics
 ) -> tuple:
-    """Embeddings and the gradients of weight and bias."""
+    """Embeddings and the gradients of weight and bias, made while autocast is on."""
     leaves = [x.detach().requires_grad_() for x in (weight, bias)]
     arguments = (statistics["mean"], statistics["std"], weight.dtype)
-    out = patch_embed._PatchEmbed.apply(patches, *leaves, *arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = patch_embed._PatchEmbed.apply(patches, *leaves, *arguments)
     return out.detach(), *torch.autograd.grad(out, leaves, upstream)

@@ -42,6 +42,13 @@ def test_the_reference_is_the_formula(bits, width, dtype):
     assert_close(found.double(), vectors(targets), **TOLERANCE[dtype])
 
 
+def test_autocast_changes_nothing():
+    targets = coded_targets(4, 257)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = decode_targets(targets, torch.float32)
+    assert_close(found, decode_targets(targets, torch.float32), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(("bits", "width"), CASES)
 def test_the_kernel_is_the_formula_and_writes_every_element(interpreted, bits, width):
     expected = vectors(coded_targets(bits, width, tokens=13))
