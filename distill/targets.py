@@ -106,7 +106,7 @@ class LiveTargets:
 
 
 class CachedTargets:
-    """Decodes a batch of `CachedBatches` with its cache's codec.
+    """Decodes a batch of `CachedBatches` with its cache's codec; on a GPU the loss decodes codes.
 
     `redraw` is how an epoch sees the records' tokens; None where each view has its own mask.
     `layers` are the places of the layers to take, None for all.
@@ -135,12 +135,16 @@ class CachedTargets:
             patches = None if patches is None else take_rows(patches, places)
         if patches is None:
             patches = take_rows(patchify(batch["pixels"]), tokens)
+        if codes.is_cuda and scales is not None:
+            middle = self.codec.targets(codes, scales)
+        else:
+            middle = rearrange(self.codec.decode(codes, scales), "b k m e -> k b m e")
         return {
             "clip_id": batch["clip_id"],
             "epoch": batch["epoch"],
             "tokens": tokens,
             "patches": patches,
-            "middle": rearrange(self.codec.decode(codes, scales), "b k m e -> k b m e"),
+            "middle": middle,
             "pooled": batch["pooled"].float(),
             "attention": batch["attention"],
         }

@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from distill.kernels.patch_embed import patch_embed
 from distill.students.heads import AttentionPool
 
 PATCH = 14  # pixels on a side; every released model uses it
@@ -78,17 +79,6 @@ def patchify(clip: Tensor, *, tubelet: int = 1) -> Tensor:
     )
 
 
-def normalize_patches(patches: Tensor) -> Tensor:
-    """Turn uint8 patches [...,3*U] into float32 with ImageNet statistics."""
-    channels = rearrange(patches.float(), "... (c u) -> c ... u", c=3)
-    # The statistics stay Python numbers: a tensor would be copied to the device at every step.
-    scaled = [
-        (channel - 255 * mean) / (255 * std)
-        for channel, mean, std in zip(channels, IMAGENET_MEAN, IMAGENET_STD, strict=True)
-    ]
-    return torch.cat(scaled, dim=-1)
-
-
 def take_rows(table: Tensor, index: Tensor) -> Tensor:
     """Gather rows: table [B,N,D] (or [1,N,D], shared) and index [B,M] give [B,M,D]."""
     if table.shape[0] == 1 and index.shape[0] != 1:
@@ -118,10 +108,10 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(3, width, (tubelet, PATCH, PATCH), stride=(tubelet, PATCH, PATCH))
 
     def forward(self, patches: Tensor) -> Tensor:
+        weight, bias = self.proj.weight.flatten(1), self.proj.bias
         if patches.dtype == torch.uint8:
-            patches = normalize_patches(patches)
-        patches = patches.to(self.proj.weight.dtype)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+            return patch_embed(patches, weight, bias, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        return F.linear(patches.to(weight.dtype), weight, bias)
 
 
 class Attention(nn.Module):
