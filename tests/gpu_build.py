@@ -24,6 +24,10 @@ class Build:
     shared_bytes: int
     ptx: str
 
+    def matrix_instructions(self) -> int:
+        """How many there are, of whichever kind the capability has."""
+        return len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", self.ptx))
+
 
 def build(
     kernel,
@@ -32,12 +36,15 @@ def build(
     types: dict[str, str],
     constants: dict,
     warps: int,
+    stages: int = 3,
+    is_fused: bool = False,
     multiples_of_16: tuple[str, ...] = (),
 ) -> Build:
     """Compile `kernel` with arguments of Triton's `types` ("*fp32", "i32") and `constants`.
 
     Pointers are taken to be aligned to 16 bytes, as torch's are; Triton finds out by itself which
-    sizes are multiples of 16 when it launches a kernel.
+    sizes are multiples of 16 when it launches a kernel. `is_fused` lets a product and a sum be one
+    rounding.
     """
     signature = {**types, **dict.fromkeys(constants, "constexpr")}
     places = {name: place for place, name in enumerate(kernel.arg_names)}
@@ -50,7 +57,7 @@ def build(
     made = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps, "enable_fp_fusion": False},
+        options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": is_fused},
     )
     return Build(
         **_resources(made.asm["cubin"]), shared_bytes=made.metadata.shared, ptx=made.asm["ptx"]
