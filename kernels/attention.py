@@ -379,12 +379,12 @@ def _attention_bwd_dkv_kernel(
         q = tl.load(qkv + 3 * base + at_ahead, mask=is_pair, other=0.0)
         do = tl.load(d_out + base + at_ahead_out, mask=is_pair, other=0.0)
         base = head.to(tl.int64) * num_tokens + start
-        level = tl.load(lse + base + ahead, mask=is_query, other=float("inf"))  # p is 0 there
+        level = tl.load(lse + base + ahead, mask=is_query, other=0.0)
         dot = tl.load(delta + base + ahead, mask=is_query, other=0.0)
         steep = tl.load(rstd + start + ahead, mask=is_query, other=0.0) * scale
         s = tl.dot(k, tl.trans(q)) * steep[None, :]  # [n,m]
         p = tl.exp2(s * rise[:, None] - level[None, :])
-        dv = tl.dot(p.to(do.dtype), do, acc=dv)
+        dv = tl.dot(p.to(do.dtype), do, acc=dv)  # behind the end p is 1, but do and ds are 0
         dp = tl.dot(v, tl.trans(do))
         ds = p * (dp - dot[None, :])
         along += tl.sum(ds * s, 1)

@@ -21,10 +21,10 @@ from torch import Tensor
 from distill.kernels.jit import jit, tl
 
 EPS = 1e-6
-VALUES = 2048  # of a program at a time: 16 for each thread of WARPS warps
+VALUES = 1024  # of a program at a time, on WARPS warps, and as many more as a row is wider
 WARPS = 4
-WIDEST = 8192
-BWD_PARTS = 1024  # of the rows, each of which sums its own gradient of the gains
+WIDEST = 4096  # rows of the kernels
+BWD_PARTS = 640  # of the rows, each of which sums its own gradient of the gains
 
 
 def rmsnorm_reference(

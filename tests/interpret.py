@@ -54,8 +54,8 @@ def _attention(inputs: dict, *, heads: int) -> dict:
     grads = _attention_bwd(
         d_out, **inputs, out=out, lse=lse, rstd=rstd, tiles=packing.tiles, **settings
     )
-    names = ("out", "qkv", "q_gain", "k_gain")
-    return dict(zip(names, (out, *grads), strict=True)) | {"lse": lse}
+    names = ("out", "qkv", "q_gain", "k_gain")  # the output, then gradients
+    return dict(zip(names, (out, *grads), strict=True))
 
 
 def _rmsnorm(inputs: dict, *, dtype: str) -> dict:
@@ -66,7 +66,7 @@ def _rmsnorm(inputs: dict, *, dtype: str) -> dict:
         inputs.get("d_h"), inputs.get("d_out"), x if h is None else h, rstd, *others, x.dtype
     )
     found = {"h": h, "out": out}
-    found |= dict(zip(("x", "branch", "gamma", "weight"), grads, strict=True))
+    found |= dict(zip(("d_x", "d_branch", "d_gamma", "d_weight"), grads, strict=True))
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
