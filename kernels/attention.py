@@ -544,9 +544,7 @@ def _attention_bwd(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, q_gain, k_gain, tiles, heads, longest):
-        out, lse, rstd = _attention_fwd(
-            qkv, q_gain, k_gain, tiles, heads=heads, longest=longest
-        )
+        out, lse, rstd = _attention_fwd(qkv, q_gain, k_gain, tiles, heads=heads, longest=longest)
         ctx.save_for_backward(qkv, q_gain, k_gain, out, lse, rstd)
         ctx.tiles, ctx.heads, ctx.longest = tiles, heads, longest
         return out

@@ -273,9 +273,7 @@ def rmsnorm(
     if branch is None and weight is None:
         return x, None
     if not x.is_cuda or x.dtype == torch.float64 or width > WIDEST:
-        return rmsnorm_reference(
-            x, weight, branch=branch, gamma=gamma, keep=keep, dtype=dtype
-        )
+        return rmsnorm_reference(x, weight, branch=branch, gamma=gamma, keep=keep, dtype=dtype)
     factors = None if keep is None else keep.float().contiguous()
     rows = [None if z is None else z.contiguous() for z in (x, branch, gamma)]
     if dtype is None:

@@ -19,7 +19,9 @@ def attention_formula(
         each = []
         for one in (slice(start, start + d) for start in range(0, width, d)):
             scores = q[:, one] @ k[:, one].T / d**0.5
-            weights = (scores - scores.amax(1, keepdim=True).detach()).exp() if len(part) else scores
+            weights = (
+                (scores - scores.amax(1, keepdim=True).detach()).exp() if len(part) else scores
+            )
             each.append(weights @ v[:, one] / weights.sum(1, keepdim=True))
         found.append(torch.cat(each, dim=1))
     return torch.cat(found)
@@ -35,9 +37,11 @@ def rmsnorm_formula(
     h = x.double()
     if branch is not None:
         factor = torch.ones(len(x)) if keep is None else keep
-        h = h + torch.einsum("b,c,b...c->b...c", factor.double().to(x.device), *map(
-            torch.Tensor.double, (gamma, branch)
-        ))
+        h = h + torch.einsum(
+            "b,c,b...c->b...c",
+            factor.double().to(x.device),
+            *map(torch.Tensor.double, (gamma, branch)),
+        )
     if weight is None:
         return h, None
     return h, h / (h.pow(2).sum(-1, keepdim=True) / h.shape[-1] + 1e-6).sqrt() * weight.double()

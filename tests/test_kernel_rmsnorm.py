@@ -86,9 +86,7 @@ def name_of(shape, form, types):
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
     """What the kernels make of every case in Triton's interpreter, gradients as `d_NAME`."""
-    cases = {
-        name_of(*case): (inputs(*case), {"dtype": TYPES[case[2]][0]}) for case in CASES
-    }
+    cases = {name_of(*case): (inputs(*case), {"dtype": TYPES[case[2]][0]}) for case in CASES}
     narrow = ((3, 67, 64), "all", "autocast")
     cases["narrow"] = (inputs(*narrow), {"dtype": "float16"})
     return interpret(tmp_path_factory.mktemp("interpreter"), "rmsnorm", cases)
