@@ -139,13 +139,13 @@ def attention_reference(
     qkv: Tensor, q_gain: Tensor, k_gain: Tensor, packing: Packing, *, heads: int
 ) -> Tensor:
     """The formula above in plain torch: [T,D] in the dtype of qkv [T,3D]."""
-    lengths = packing.cumulative.diff().tolist()
-    if packing.is_even and lengths:
+    lengths = packing.cumulative.diff().tolist() or [0]
+    if packing.is_even:
         clips = rearrange(qkv, "(b m) c -> b m c", b=len(lengths))
         out = _attend(clips, q_gain, k_gain, heads=heads)
         return rearrange(out, "b m d -> (b m) d")
     parts = [_attend(part[None], q_gain, k_gain, heads=heads)[0] for part in qkv.split(lengths)]
-    return torch.cat(parts) if parts else qkv[:, : len(q_gain)]
+    return torch.cat(parts)
 
 
 def _attend(qkv: Tensor, q_gain: Tensor, k_gain: Tensor, *, heads: int) -> Tensor:
