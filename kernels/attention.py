@@ -25,6 +25,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -76,16 +77,21 @@ NORM_PARTS = 256  # of the tokens, each of which sums its own gradient of the ga
 class Packing:
     """How sequences share the tokens of a batch: made once, used by every layer.
 
-    Sequence b is the tokens `cumulative[b]` up to `cumulative[b + 1]` of `num_tokens`; it is int32
-    [B+1] and on the CPU. `tiles` int32 [*,3] on the device, one for each size of TILES, names the
-    first token of every tile and the ends of its sequence. `is_even`: all are of one length.
+    Sequence b is the tokens `ends[b]` up to `ends[b + 1]`. `tiles` int32 [*,3] on the device, one
+    for each size of TILES, names the first token of every tile and the ends of its sequence.
     """
 
-    cumulative: Tensor
+    ends: tuple[int, ...]
+    lengths: tuple[int, ...]
     tiles: tuple[Tensor, ...]
-    num_tokens: int
-    longest: int
-    is_even: bool
+
+    @property
+    def num_tokens(self) -> int:
+        return self.ends[-1]
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths, default=0)
 
 
 def pack(cumulative: Tensor, *, device: torch.device) -> Packing:
@@ -98,23 +104,12 @@ def pack(cumulative: Tensor, *, device: torch.device) -> Packing:
             f"expected cumulative lengths int32 [B+1], got {cumulative.dtype} "
             f"{list(cumulative.shape)}"
         )
-    with torch.inference_mode(False):  # a training step may reuse them
-        cumulative = cumulative.cpu().clone()
-        lengths = cumulative.diff()
-        if int(cumulative[0]) or bool((lengths < 0).any()):
-            raise ValueError(
-                f"expected cumulative lengths that start at 0 and do not fall, "
-                f"got {cumulative.tolist()}"
-            )
-        tiles = tuple(_tiles(cumulative, size).to(device) for size in TILES)
-    longest = int(lengths.max()) if len(lengths) else 0
-    return Packing(
-        cumulative=cumulative,
-        tiles=tiles,
-        num_tokens=int(cumulative[-1]),
-        longest=longest,
-        is_even=bool((lengths == longest).all()),
-    )
+    ends = tuple(cumulative.tolist())
+    if ends[0] or any(begin > end for begin, end in pairwise(ends)):
+        raise ValueError(
+            f"expected cumulative lengths that start at 0 and do not fall, got {list(ends)}"
+        )
+    return _packing(ends, device=device)
 
 
 @lru_cache(maxsize=64)
@@ -122,25 +117,27 @@ def pack_evenly(num_clips: int, num_tokens: int, *, device: torch.device) -> Pac
     """The packing of `num_clips` sequences of `num_tokens` each, made at the first call only."""
     if num_clips * num_tokens > MAX_INDEX:
         raise ValueError(f"{num_clips} clips of {num_tokens} tokens are more than {MAX_INDEX}")
-    ends = torch.arange(num_clips + 1, dtype=torch.int64) * num_tokens
-    return pack(ends.int(), device=device)
+    return _packing(tuple(clip * num_tokens for clip in range(num_clips + 1)), device=device)
 
 
-def _tiles(cumulative: Tensor, size: int) -> Tensor:
-    begin, end = cumulative[:-1].long(), cumulative[1:].long()
-    counts = (end - begin + size - 1) // size
-    sequence = torch.arange(len(counts)).repeat_interleave(counts)
-    place = torch.arange(len(sequence)) - (counts.cumsum(0) - counts)[sequence]
-    first = begin[sequence] + size * place
-    return torch.stack([first, begin[sequence], end[sequence]], dim=1).int()
+def _packing(ends: tuple[int, ...], *, device: torch.device) -> Packing:
+    lists = [
+        [(first, begin, end) for begin, end in pairwise(ends) for first in range(begin, end, size)]
+        for size in TILES
+    ]
+    with torch.inference_mode(False):  # a training step may reuse them
+        tiles = tuple(
+            torch.tensor(rows, dtype=torch.int32).view(-1, 3).to(device) for rows in lists
+        )
+    return Packing(ends, tuple(end - begin for begin, end in pairwise(ends)), tiles)
 
 
 def attention_reference(
     qkv: Tensor, q_gain: Tensor, k_gain: Tensor, packing: Packing, *, heads: int
 ) -> Tensor:
     """The formula above in plain torch: [T,D] in the dtype of qkv [T,3D]."""
-    lengths = packing.cumulative.diff().tolist() or [0]
-    if packing.is_even:
+    lengths = packing.lengths or (0,)
+    if len(set(lengths)) == 1:
         clips = rearrange(qkv, "(b m) c -> b m c", b=len(lengths))
         out = _attend(clips, q_gain, k_gain, heads=heads)
         return rearrange(out, "b m d -> (b m) d")

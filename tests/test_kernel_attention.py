@@ -174,8 +174,8 @@ def test_an_even_packing_is_made_once_and_fits_training_after_inference():
     with torch.inference_mode():
         packing = pack_evenly(3, 100, device=CPU)
     assert pack_evenly(3, 100, device=CPU) is packing
-    assert packing.cumulative.tolist() == [0, 100, 200, 300]
-    assert (packing.num_tokens, packing.longest, packing.is_even) == (300, 100, True)
+    assert (packing.ends, packing.lengths) == ((0, 100, 200, 300), (100, 100, 100))
+    assert (packing.num_tokens, packing.longest) == (300, 100)
     assert not any(tiles.is_inference() for tiles in packing.tiles)
 
 
