@@ -15,7 +15,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from distill.kernels.attention import attention, attention_reference, pack_evenly
 from distill.kernels.patch_embed import patch_embed
+from distill.kernels.rmsnorm import EPS, rmsnorm
 from distill.students.heads import AttentionPool
 
 PATCH = 14  # pixels on a side; every released model uses it
@@ -120,18 +122,19 @@ class Attention(nn.Module):
     def __init__(self, width: int, *, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.is_fused = True  # norms and attention as one, where there are kernels for it
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width)
-        self.q_norm = nn.RMSNorm(width, eps=1e-6)
-        self.k_norm = nn.RMSNorm(width, eps=1e-6)
+        self.q_norm = nn.RMSNorm(width, eps=EPS)
+        self.k_norm = nn.RMSNorm(width, eps=EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        full = self.q_norm.weight.dtype  # under autocast q and k are narrower than the gains
-        q, k = self.q_norm(q.to(full)).to(v.dtype), self.k_norm(k.to(full)).to(v.dtype)
-        q, k, v = (rearrange(z, "b m (h d) -> b h m d", h=self.heads) for z in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(rearrange(out, "b h m d -> b m (h d)"))
+        packing = pack_evenly(*x.shape[:2], device=x.device)
+        attend = attention if self.is_fused else attention_reference
+        gains = (self.q_norm.weight, self.k_norm.weight)
+        qkv = self.qkv(x).flatten(0, 1)  # [B*M,3D]
+        out = attend(qkv, *gains, packing, heads=self.heads)
+        return self.proj(out.view(x.shape))
 
 
 class MLP(nn.Module):
@@ -163,22 +166,30 @@ class Block(nn.Module):
 
     def __init__(self, size: ViTSize, *, activation: Activation) -> None:
         super().__init__()
-        self.norm1 = nn.RMSNorm(size.width, eps=1e-6)
+        self.norm1 = nn.RMSNorm(size.width, eps=EPS)
         self.attn = Attention(size.width, heads=size.heads)
         self.ls1 = LayerScale(size.width, init=size.layer_scale)
-        self.norm2 = nn.RMSNorm(size.width, eps=1e-6)
+        self.norm2 = nn.RMSNorm(size.width, eps=EPS)
         hidden = int(size.width * size.mlp_ratio)
         self.mlp = MLP(size.width, hidden=hidden, activation=activation)
         self.ls2 = LayerScale(size.width, init=size.layer_scale)
 
     def forward(self, h: Tensor, keep: Tensor | None = None) -> Tensor:
-        attn, mlp = (None, None) if keep is None else keep.to(h.dtype)[:, :, None, None]
-        h = h + _scaled(self.ls1(self.attn(self.norm1(h))), attn)
-        return h + _scaled(self.ls2(self.mlp(self.norm2(h))), mlp)
-
-
-def _scaled(branch: Tensor, keep: Tensor | None) -> Tensor:
-    return branch if keep is None else branch * keep
+        of_attn, of_mlp = (None, None) if keep is None else keep
+        is_narrower = torch.is_autocast_enabled(h.device.type)
+        # What the linears would make of normalised rows anyway.
+        dtype = torch.get_autocast_dtype(h.device.type) if is_narrower else None
+        _, x = rmsnorm(h, self.norm1.weight, dtype=dtype)
+        h, x = rmsnorm(
+            h,
+            self.norm2.weight,
+            branch=self.attn(x),
+            gamma=self.ls1.gamma,
+            keep=of_attn,
+            dtype=dtype,
+        )
+        h, _ = rmsnorm(h, None, branch=self.mlp(x), gamma=self.ls2.gamma, keep=of_mlp)
+        return h
 
 
 def sincos(positions: Tensor, width: int) -> Tensor:

@@ -24,6 +24,10 @@ class Build:
     shared_bytes: int
     ptx: str
 
+    def matrix_instructions(self) -> int:
+        """How many there are, of whichever kind the capability has."""
+        return len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", self.ptx))
+
 
 def build(
     kernel,
@@ -34,13 +38,15 @@ def build(
     warps: int,
     stages: int = 3,
     max_registers: int | None = None,
+    is_fused: bool = False,
     multiples_of_16: tuple[str, ...] = (),
 ) -> Build:
     """Compile `kernel` with arguments of Triton's `types` ("*fp32", "i32") and `constants`.
 
     A tuple of types is a tuple of arguments.
     Pointers are taken to be aligned to 16 bytes, as torch's are; Triton finds out by itself which
-    sizes are multiples of 16 when it launches a kernel.
+    sizes are multiples of 16 when it launches a kernel. `is_fused` lets a product and a sum be one
+    rounding.
     """
     signature = {**types, **dict.fromkeys(constants, "constexpr")}
     places = {name: place for place, name in enumerate(kernel.arg_names)}
@@ -58,7 +64,7 @@ def build(
             "num_warps": warps,
             "num_stages": stages,
             "maxnreg": max_registers,
-            "enable_fp_fusion": False,
+            "enable_fp_fusion": is_fused,
         },
     )
     return Build(
