@@ -23,7 +23,7 @@ from einops import rearrange
 from torch import Tensor
 
 from distill.kernels.coded_targets import CodedTargets, decode_targets, decode_targets_reference
-from distill.kernels.jit import jit, tl
+from distill.kernels.jit import jit, tl, uses_triton
 
 EPS = 1e-5  # of the decoders' LayerNorm
 TINY = 1e-12  # the least length that is divided by, as in F.normalize
@@ -285,7 +285,7 @@ def alignment(
     """Loss of every layer, [K]: `raw` is K tensors [B,M,E], `targets` is [K,B,M,E] or codes.
 
     `weight` and `bias` are K vectors [E]. Accumulates in float32, or in float64 for float64
-    input. `upstream` is what the losses' gradient is expected to be: on a GPU it is made with
+    input. `upstream` is what the losses' gradient is expected to be: the kernels make it with
     the losses, and another one costs a pass over the gradients, which are handed out once.
     Raises ValueError when the shapes do not fit.
     """
@@ -303,7 +303,7 @@ def alignment(
         if x.dtype != raw[0].dtype:
             raise ValueError(f"layer {layer}: expected {raw[0].dtype} as layer 0, got {x.dtype}")
     x = raw[0]
-    if not x.is_cuda or x.dtype == torch.float64 or x.shape[-1] > WIDEST or x.numel() == 0:
+    if not uses_triton(x) or x.dtype == torch.float64 or x.shape[-1] > WIDEST or x.numel() == 0:
         return alignment_reference(raw, weight, bias, targets)
     leaves = (*raw, *weight, *bias)
     if not (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)):

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from distill.kernels.jit import jit, tl
+from distill.kernels.jit import jit, tl, uses_triton
 
 EPS = 1e-6  # of both norms
 WIDEST_HEAD = 128  # of the kernels
@@ -559,9 +559,9 @@ def attention(
 ) -> Tensor:
     """Attention [T,D] of packed qkv [T,3D], normalised with gains [D], in the dtype of qkv.
 
-    On a GPU by kernels in bfloat16 and float16, with sums, norms and softmax in float32; wider
-    types and heads of more than WIDEST_HEAD channels take the reference there too. Raises
-    ValueError when the arguments do not fit each other.
+    By kernels, where they are chosen, in bfloat16 and float16, with sums, norms and softmax in
+    float32; wider types and heads of more than WIDEST_HEAD channels take the reference there too.
+    Raises ValueError when the arguments do not fit each other.
     """
     width = len(q_gain)
     if q_gain.shape != (width,) or k_gain.shape != (width,) or not heads or width % heads:
@@ -575,7 +575,7 @@ def attention(
             f"got {list(qkv.shape)}"
         )
     is_half = qkv.dtype in (torch.bfloat16, torch.float16)
-    if not (qkv.is_cuda and is_half and width // heads <= WIDEST_HEAD):
+    if not (uses_triton(qkv) and is_half and width // heads <= WIDEST_HEAD):
         return attention_reference(qkv, q_gain, k_gain, packing, heads=heads)
     if packing.tiles[0].device != qkv.device:
         raise ValueError(f"the packing is on {packing.tiles[0].device}, qkv on {qkv.device}")

@@ -24,7 +24,7 @@ from einops import rearrange
 from torch import Tensor
 
 from distill.kernels.codes import BITS_OF, decode_codes, decode_codes_reference
-from distill.kernels.jit import jit, tl
+from distill.kernels.jit import jit, tl, uses_triton
 
 SMALLEST_DOT = 16  # Triton's, of every axis
 LARGEST_LEFT, LARGEST_RIGHT = 128, 32  # that rows are turned by in registers
@@ -66,7 +66,7 @@ class CodedTargets(NamedTuple):
 def decode_targets_reference(targets: CodedTargets, dtype: torch.dtype) -> Tensor:
     """The formula above in plain torch: [B,K,M,E], mixed in at least float32."""
     mixed = torch.promote_types(dtype, torch.float32)
-    decode = decode_codes if targets.codes.is_cuda else decode_codes_reference
+    decode = decode_codes if uses_triton(targets.codes) else decode_codes_reference
     width = len(targets.flips)
     rows = decode(*targets[:3], width=width, dtype=torch.float32).to(mixed)
     rows = rearrange(rows, "b k m (p q) -> b k m p q", q=len(targets.right))
@@ -174,7 +174,7 @@ def decode_targets(targets: CodedTargets, dtype: torch.dtype) -> Tensor:
         raise ValueError(f"expected means {list(expected)}, got {list(targets.means.shape)}")
     is_power = left & (left - 1) == 0
     is_fit = is_power and SMALLEST_DOT <= left <= LARGEST_LEFT and right <= LARGEST_RIGHT
-    if not targets.codes.is_cuda or not is_fit or dtype.itemsize > 2:
+    if not uses_triton(targets.codes) or not is_fit or dtype.itemsize > 2:
         return decode_targets_reference(targets, dtype)
     processors = torch.cuda.get_device_properties(targets.codes.device).multi_processor_count
     return _decode_targets_fwd(targets, dtype, programs=PROGRAMS * processors)

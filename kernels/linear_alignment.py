@@ -39,7 +39,7 @@ from distill.kernels.alignment import (
 )
 from distill.kernels.coded_targets import CodedTargets
 from distill.kernels.codes import decode_codes
-from distill.kernels.jit import jit, tl
+from distill.kernels.jit import jit, tl, uses_triton
 
 WIDEST_GRAM = 512  # of D: at 768 it takes 1.4 times the chunks' arithmetic
 PAD = 8  # columns beside D: a product's rows stay multiples of 16 bytes
@@ -416,7 +416,7 @@ def linear_alignment(
     h = states[0]
     leaves = [x for group in groups for x in group]
     wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
-    if not h.is_cuda or h.dtype == torch.float64 or h.numel() == 0 or not wants_gradient:
+    if not uses_triton(h) or h.dtype == torch.float64 or h.numel() == 0 or not wants_gradient:
         return linear_alignment_reference(*groups, targets)
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else h.dtype
     if dtype == torch.float16:  # where a mean's gradients are smaller than any number

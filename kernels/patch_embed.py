@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from distill.kernels.jit import jit, tl
+from distill.kernels.jit import jit, tl, uses_triton
 
 BLOCK = 64  # of rows, columns and what is summed over
 NUM_WARPS = 4
@@ -214,7 +214,7 @@ def patch_embed(
         )
     kind = patches.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    if not patches.is_cuda or dtype.itemsize > 2 or patches.numel() == 0:
+    if not uses_triton(patches) or dtype.itemsize > 2 or patches.numel() == 0:
         return patch_embed_reference(patches, weight, bias, mean=mean, std=std)
     rows = patches.reshape(-1, inner).contiguous()
     out = _PatchEmbed.apply(rows, weight, bias, mean, std, dtype)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.kernels.jit import jit, tl
+from distill.kernels.jit import jit, tl, uses_triton
 
 EPS = 1e-6
 VALUES = 1024  # of a program at a time, on WARPS warps, and as many more as a row is wider
@@ -257,8 +257,9 @@ def rmsnorm(
     """The sum h [B,...,D] and, with gains `weight` [D], its normalised rows in `dtype`.
 
     `branch` is as x and comes with `gamma` [D] and, in training, `keep` [B], a constant; h is x
-    without it and otherwise in the wider of both dtypes. `dtype` None is that of h. On a GPU by
-    kernels with sums in float32, save for float64. Raises ValueError for what does not fit.
+    without it and otherwise in the wider of both dtypes. `dtype` None is that of h. By
+    kernels where they are chosen, with sums in float32, save for float64. Raises ValueError for
+    what does not fit.
     """
     width = x.shape[-1]
     for name, gains in (("weight", weight), ("gamma", gamma)):
@@ -272,7 +273,7 @@ def rmsnorm(
         raise ValueError(f"expected keep [{x.shape[0]}] for x, got {list(keep.shape)}")
     if branch is None and weight is None:
         return x, None
-    if not x.is_cuda or x.dtype == torch.float64 or width > WIDEST:
+    if not uses_triton(x) or x.dtype == torch.float64 or width > WIDEST:
         return rmsnorm_reference(x, weight, branch=branch, gamma=gamma, keep=keep, dtype=dtype)
     factors = None if keep is None else keep.float().contiguous()
     rows = [None if z is None else z.contiguous() for z in (x, branch, gamma)]
