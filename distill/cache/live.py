@@ -11,7 +11,7 @@ from distill.cache.identity import teacher_hash
 from distill.cache.store import Folder
 from distill.data.index import Clip
 from distill.data.load import ClipLoader, Quarantine, Task, View, collate, load_task
-from distill.engine import AUTOCAST, pick_device, to_device
+from distill.engine import AUTOCAST, pick_device, take_kernels, to_device
 from distill.errors import StateError
 from distill.models import build_teacher
 from distill.recipe import Recipe
@@ -35,7 +35,9 @@ def cached_teacher(recipe: Recipe) -> Teacher:
                 f"objective.cache.teacher_hash is {expected}, but the teacher's is {found}; drop "
                 "the hash from the recipe, or give the teacher it belongs to"
             )
-    teacher = build_teacher(recipe).to(pick_device())
+    device = pick_device()
+    take_kernels(recipe.run.kernels, device)
+    teacher = build_teacher(recipe).to(device)
     dtype = AUTOCAST.get(section.teacher.precision, torch.float32)
     teacher.tune(dtype, batch_size=section.cache.batch_size)
     return teacher
