@@ -24,6 +24,7 @@ def cached_teacher(recipe: Recipe) -> Teacher:
 
     Raises StateError when its weights are not those that the cache is to hold.
     """
+    take_kernels(recipe.run.kernels, pick_device())
     section = recipe.objective
     if section.cache.teacher_hash is not None:
         expected = section.cache.teacher_hash.lower()
@@ -35,9 +36,7 @@ def cached_teacher(recipe: Recipe) -> Teacher:
                 f"objective.cache.teacher_hash is {expected}, but the teacher's is {found}; drop "
                 "the hash from the recipe, or give the teacher it belongs to"
             )
-    device = pick_device()
-    take_kernels(recipe.run.kernels, device)
-    teacher = build_teacher(recipe).to(device)
+    teacher = build_teacher(recipe).to(pick_device())
     dtype = AUTOCAST.get(section.teacher.precision, torch.float32)
     teacher.tune(dtype, batch_size=section.cache.batch_size)
     return teacher
