@@ -1,5 +1,6 @@
 """One optimiser step on one device, in plain torch. The training loop knows only this interface."""
 
+import logging
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from distill import draw, recipe
-from distill.errors import StateError
+from distill.errors import InputError, StateError
+from distill.kernels import jit
 from distill.optim import param_groups, set_lr
+
+logger = logging.getLogger(__name__)
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -23,6 +27,18 @@ LOSS_SCALE_FLOOR = 1.0
 def pick_device() -> torch.device:
     """The first CUDA device, or the CPU where there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def take_kernels(kernels: jit.Kernels, device: torch.device) -> None:
+    """Take a recipe's `run.kernels` for this process, and say on a GPU which they are."""
+    if device.type == "cuda":
+        if kernels == "triton" and jit.triton is None:
+            raise InputError(
+                "run.kernels is 'triton', but Triton is not installed; install it, or set "
+                "run.kernels=torch"
+            )
+        logger.info("kernels on %s: %s", device, kernels)
+    jit.choose(kernels)
 
 
 def seed_generators(seed: int) -> None:

@@ -19,7 +19,7 @@ from distill import recipe as schema
 from distill.checkpoint import write_json, write_tensors
 from distill.data.index import Clip, read_list
 from distill.data.load import ClipLoader, Quarantine, Task, collate, load_eval_task
-from distill.engine import autocast, pick_device, to_device
+from distill.engine import autocast, pick_device, take_kernels, to_device
 from distill.errors import InputError, StateError
 from distill.models import build_classifier
 from distill.students.warmstart import load_weights
@@ -207,6 +207,7 @@ def evaluate_recipe(
         )
     section = recipe.evaluate
     device = pick_device()
+    take_kernels(recipe.run.kernels, device)
     model = build_classifier(recipe).to(device)
     load_weights(model, checkpoint, head="keep")
     folder = folder or Path(recipe.run.folder) / f"evaluate-{section.split}"

@@ -40,7 +40,7 @@ class DistillObjective(nn.Module):
         """Losses `loss`, `middle`, `pooled` and one per layer, `layer_00` upwards.
 
         The batch holds clip_id [B], patches uint8 [B,M-1,U], tokens [B,M-1], the targets
-        middle [K,B,M,E] and pooled [B,P], and the epoch. Accumulates in float32.
+        middle [K,B,M,E] (or codes of it) and pooled [B,P], and the epoch. Accumulates in float32.
         """
         student = self.student
         keep = draw_keep(student, batch["clip_id"], seed=self.seed, epoch=batch["epoch"])
@@ -52,6 +52,7 @@ class DistillObjective(nn.Module):
             [decode.norm.weight for decode in student.clip_decoder],
             [decode.norm.bias for decode in student.clip_decoder],
             batch["middle"],
+            upstream=self.middle_weight / len(states),
         )
         middle = layers.mean()
         final = self._final(pooled, batch["pooled"])
@@ -64,7 +65,9 @@ class DistillObjective(nn.Module):
         if self.pooled_weight == 0 or isinstance(decode, nn.Identity):
             return torch.zeros((), device=pooled.device)
         raw = decode.head(pooled)[:, None]  # [B,1,P]
-        return alignment([raw], [decode.norm.weight], [decode.norm.bias], target[None, :, None])[0]
+        weight, bias = [decode.norm.weight], [decode.norm.bias]
+        target = target[None, :, None]  # [1,B,1,P]
+        return alignment([raw], weight, bias, target, upstream=self.pooled_weight)[0]
 
 
 class ClassifyObjective(nn.Module):

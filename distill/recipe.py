@@ -232,6 +232,9 @@ class Run(Section):
     save_minutes: Positive = 10.0
     keep_checkpoints: PositiveInt = 2
     log_steps: PositiveInt = 10
+    kernels: Literal["torch", "triton"] = Field(
+        "torch", description="triton takes this project's kernels on a GPU"
+    )
 
 
 class Recipe(Section):

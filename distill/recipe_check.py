@@ -88,7 +88,7 @@ def _shared_settings(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(
         mode="json",
         include={
-            "run": {"seed"},
+            "run": {"seed", "kernels"},
             "data": {"train", "views"},
             "objective": {"mask", "teacher", "cache"},
         },

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distill.cache.codes import Codec
 from distill.engine import autocast
+from distill.kernels.jit import uses_triton
 from distill.mask import Redraw, draw_kept
 from distill.recipe import KeptPixels, KeptTokens, Mask
 from distill.students.vit import patchify, take_rows
@@ -106,7 +107,7 @@ class LiveTargets:
 
 
 class CachedTargets:
-    """Decodes a batch of `CachedBatches` with its cache's codec.
+    """Decodes a batch of `CachedBatches` with its cache's codec, unless the loss's kernels do.
 
     `redraw` is how an epoch sees the records' tokens; None where each view has its own mask.
     `layers` are the places of the layers to take, None for all.
@@ -135,12 +136,16 @@ class CachedTargets:
             patches = None if patches is None else take_rows(patches, places)
         if patches is None:
             patches = take_rows(patchify(batch["pixels"]), tokens)
+        if uses_triton(codes) and scales is not None:
+            middle = self.codec.targets(codes, scales)
+        else:
+            middle = rearrange(self.codec.decode(codes, scales), "b k m e -> k b m e")
         return {
             "clip_id": batch["clip_id"],
             "epoch": batch["epoch"],
             "tokens": tokens,
             "patches": patches,
-            "middle": rearrange(self.codec.decode(codes, scales), "b k m e -> k b m e"),
+            "middle": middle,
             "pooled": batch["pooled"].float(),
             "attention": batch["attention"],
         }

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from distill.kernels.jit import jit, tl
+from distill.kernels.jit import jit, tl, uses_triton
 
 GROUP = 8  # codes that fill whole bytes
 BITS_OF = {256: 8, 16: 4, 8: 3, 4: 2}  # by the number of levels
@@ -142,5 +142,5 @@ def decode_codes(
             f"expected scales float16 {list(codes.shape[:-1])} as the codes, "
             f"got {scales.dtype} {list(scales.shape)}"
         )
-    decode = _decode_codes_fwd if codes.is_cuda else decode_codes_reference
+    decode = _decode_codes_fwd if uses_triton(codes) else decode_codes_reference
     return decode(codes, scales, levels, width=width, dtype=dtype)

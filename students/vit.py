@@ -15,6 +15,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from distill.kernels.attention import attention, attention_reference, pack_evenly
+from distill.kernels.jit import uses_triton
+from distill.kernels.patch_embed import patch_embed
+from distill.kernels.rmsnorm import EPS, rmsnorm
 from distill.students.heads import AttentionPool
 
 PATCH = 14  # pixels on a side; every released model uses it
@@ -78,17 +82,6 @@ def patchify(clip: Tensor, *, tubelet: int = 1) -> Tensor:
     )
 
 
-def normalize_patches(patches: Tensor) -> Tensor:
-    """Turn uint8 patches [...,3*U] into float32 with ImageNet statistics."""
-    channels = rearrange(patches.float(), "... (c u) -> c ... u", c=3)
-    # The statistics stay Python numbers: a tensor would be copied to the device at every step.
-    scaled = [
-        (channel - 255 * mean) / (255 * std)
-        for channel, mean, std in zip(channels, IMAGENET_MEAN, IMAGENET_STD, strict=True)
-    ]
-    return torch.cat(scaled, dim=-1)
-
-
 def take_rows(table: Tensor, index: Tensor) -> Tensor:
     """Gather rows: table [B,N,D] (or [1,N,D], shared) and index [B,M] give [B,M,D]."""
     if table.shape[0] == 1 and index.shape[0] != 1:
@@ -118,10 +111,10 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(3, width, (tubelet, PATCH, PATCH), stride=(tubelet, PATCH, PATCH))
 
     def forward(self, patches: Tensor) -> Tensor:
+        weight, bias = self.proj.weight.flatten(1), self.proj.bias
         if patches.dtype == torch.uint8:
-            patches = normalize_patches(patches)
-        patches = patches.to(self.proj.weight.dtype)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+            return patch_embed(patches, weight, bias, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        return F.linear(patches.to(weight.dtype), weight, bias)
 
 
 class Attention(nn.Module):
@@ -130,18 +123,21 @@ class Attention(nn.Module):
     def __init__(self, width: int, *, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.is_fused = True  # norms and attention as one, where kernels are chosen
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width)
-        self.q_norm = nn.RMSNorm(width, eps=1e-6)
-        self.k_norm = nn.RMSNorm(width, eps=1e-6)
+        self.q_norm = nn.RMSNorm(width, eps=EPS)
+        self.k_norm = nn.RMSNorm(width, eps=EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        full = self.q_norm.weight.dtype  # under autocast q and k are narrower than the gains
-        q, k = self.q_norm(q.to(full)).to(v.dtype), self.k_norm(k.to(full)).to(v.dtype)
-        q, k, v = (rearrange(z, "b m (h d) -> b h m d", h=self.heads) for z in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(rearrange(out, "b h m d -> b m (h d)"))
+        # Kernels alone read the packing's tensors, and the host waits for their copy to a GPU.
+        device = x.device if self.is_fused and uses_triton(x) else torch.device("cpu")
+        packing = pack_evenly(*x.shape[:2], device=device)
+        attend = attention if self.is_fused else attention_reference
+        gains = (self.q_norm.weight, self.k_norm.weight)
+        qkv = self.qkv(x).flatten(0, 1)  # [B*M,3D]
+        out = attend(qkv, *gains, packing, heads=self.heads)
+        return self.proj(out.view(x.shape))
 
 
 class MLP(nn.Module):
@@ -173,22 +169,30 @@ class Block(nn.Module):
 
     def __init__(self, size: ViTSize, *, activation: Activation) -> None:
         super().__init__()
-        self.norm1 = nn.RMSNorm(size.width, eps=1e-6)
+        self.norm1 = nn.RMSNorm(size.width, eps=EPS)
         self.attn = Attention(size.width, heads=size.heads)
         self.ls1 = LayerScale(size.width, init=size.layer_scale)
-        self.norm2 = nn.RMSNorm(size.width, eps=1e-6)
+        self.norm2 = nn.RMSNorm(size.width, eps=EPS)
         hidden = int(size.width * size.mlp_ratio)
         self.mlp = MLP(size.width, hidden=hidden, activation=activation)
         self.ls2 = LayerScale(size.width, init=size.layer_scale)
 
     def forward(self, h: Tensor, keep: Tensor | None = None) -> Tensor:
-        attn, mlp = (None, None) if keep is None else keep.to(h.dtype)[:, :, None, None]
-        h = h + _scaled(self.ls1(self.attn(self.norm1(h))), attn)
-        return h + _scaled(self.ls2(self.mlp(self.norm2(h))), mlp)
-
-
-def _scaled(branch: Tensor, keep: Tensor | None) -> Tensor:
-    return branch if keep is None else branch * keep
+        of_attn, of_mlp = (None, None) if keep is None else keep
+        is_narrower = torch.is_autocast_enabled(h.device.type)
+        # What the linears would make of normalised rows anyway.
+        dtype = torch.get_autocast_dtype(h.device.type) if is_narrower else None
+        _, x = rmsnorm(h, self.norm1.weight, dtype=dtype)
+        h, x = rmsnorm(
+            h,
+            self.norm2.weight,
+            branch=self.attn(x),
+            gamma=self.ls1.gamma,
+            keep=of_attn,
+            dtype=dtype,
+        )
+        h, _ = rmsnorm(h, None, branch=self.mlp(x), gamma=self.ls2.gamma, keep=of_mlp)
+        return h
 
 
 def sincos(positions: Tensor, width: int) -> Tensor:

@@ -78,6 +78,8 @@ class Teacher(VideoViT):
         self.return_layers = return_layers(size.depth, num_layers, interval)
         self.load_report: LoadReport | None = None
         self.attention_order: list[SDPBackend] = []  # PyTorch's own choice where there is none
+        for block in self.blocks:
+            block.attn.is_fused = False  # has no backward to win; `tune` times what there is
         self.init_weights()
         self.requires_grad_(False)
         self.eval()

@@ -24,33 +24,48 @@ class Build:
     shared_bytes: int
     ptx: str
 
+    def matrix_instructions(self) -> int:
+        """How many there are, of whichever kind the capability has."""
+        return len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", self.ptx))
+
 
 def build(
     kernel,
     capability: int,
     *,
-    types: dict[str, str],
+    types: dict[str, str | tuple[str, ...]],
     constants: dict,
     warps: int,
+    stages: int = 3,
+    max_registers: int | None = None,
+    is_fused: bool = False,
     multiples_of_16: tuple[str, ...] = (),
 ) -> Build:
     """Compile `kernel` with arguments of Triton's `types` ("*fp32", "i32") and `constants`.
 
+    A tuple of types is a tuple of arguments.
     Pointers are taken to be aligned to 16 bytes, as torch's are; Triton finds out by itself which
-    sizes are multiples of 16 when it launches a kernel.
+    sizes are multiples of 16 when it launches a kernel. `is_fused` lets a product and a sum be one
+    rounding.
     """
     signature = {**types, **dict.fromkeys(constants, "constexpr")}
     places = {name: place for place, name in enumerate(kernel.arg_names)}
-    aligned = {
-        (places[name],): [["tt.divisibility", 16]]
-        for name, kind in types.items()
-        if kind.startswith("*") or name in multiples_of_16
-    }
+    aligned = {}
+    for name, kinds in types.items():
+        for index, kind in enumerate(kinds if isinstance(kinds, tuple) else (kinds,)):
+            if kind.startswith("*") or name in multiples_of_16:
+                place = (places[name], index) if isinstance(kinds, tuple) else (places[name],)
+                aligned[place] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     made = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps, "enable_fp_fusion": False},
+        options={
+            "num_warps": warps,
+            "num_stages": stages,
+            "maxnreg": max_registers,
+            "enable_fp_fusion": is_fused,
+        },
     )
     return Build(
         **_resources(made.asm["cubin"]), shared_bytes=made.metadata.shared, ptx=made.asm["ptx"]

@@ -16,6 +16,7 @@ from distill.cache.codes import (
 from distill.data.demo import make_demo
 from distill.data.index import read_list
 from distill.data.load import load_view
+from distill.kernels.coded_targets import decode_targets
 from distill.kernels.codes import unpack
 from distill.recipe import ClipList, Demo, Views
 from distill.students.vit import ViTSize
@@ -332,3 +333,14 @@ def test_means_are_told_apart_by_their_hash():
     means[1, 3] = 1e-30
     assert Codec("4bit", means=means).means_sha256 != sha256
     assert Codec("fp16").means_sha256 is None
+
+
+@pytest.mark.parametrize("width", [13, 96, 176, 257, 768, 1024, 1408, 3200, 4096])
+def test_targets_for_the_loss_stand_for_what_is_decoded(width):
+    rows = torch.randn(2, 2, 3, width, generator=torch.Generator().manual_seed(0))
+    codec = Codec("4bit", means=rows.mean((0, 2)))
+    fields = codec.encode(rows)
+    targets = codec.targets(**fields)
+    assert_close(decode_targets(targets, torch.float32), codec.decode(**fields), rtol=0, atol=2e-5)
+    assert_close(targets.left.abs(), torch.ones_like(targets.left), rtol=0, atol=0)
+    assert len(targets.right) <= 32 or width == 257

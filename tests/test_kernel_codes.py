@@ -1,6 +1,4 @@
 import importlib.util
-import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -8,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from gpu_build import CAPABILITIES, SHARED_LIMIT, build
-from safetensors.torch import load_file, save_file
+from interpret import interpret
 from torch.testing import assert_close
 
 from distill.kernels import codes as module
@@ -48,21 +46,17 @@ def rounded(exact, dtype):
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
     """Rows of every case from the kernel in Triton's interpreter."""
-    folder = tmp_path_factory.mktemp("interpreter")
-    tensors, cases = {}, {}
+    cases = {}
     for bits, width, dtype in CASES:
-        name = f"{bits}-{width}-{dtype}"
-        parts = zip(("codes", "scales", "levels"), inputs(bits, width), strict=True)
-        tensors |= {f"{name}.{part}": tensor for part, tensor in parts}
-        cases[name] = (width, dtype)
-    tensors["none.codes"] = torch.empty(2, 0, 5, 4, dtype=torch.uint8)
-    tensors["none.scales"] = torch.empty(2, 0, 5, dtype=torch.float16)
-    tensors["none.levels"] = torch.zeros(16)
-    cases["none"] = (8, "float32")
-    save_file(tensors, folder / "in", metadata={"cases": json.dumps(cases)})
-    script = Path(__file__).parent / "interpret.py"
-    subprocess.run([sys.executable, script, folder / "in", folder / "out"], check=True)
-    return load_file(folder / "out")
+        tensors = dict(zip(("codes", "scales", "levels"), inputs(bits, width), strict=True))
+        cases[f"{bits}-{width}-{dtype}"] = (tensors, {"width": width, "dtype": dtype})
+    nothing = {
+        "codes": torch.empty(2, 0, 5, 4, dtype=torch.uint8),
+        "scales": torch.empty(2, 0, 5, dtype=torch.float16),
+        "levels": torch.zeros(16),
+    }
+    cases["none"] = (nothing, {"width": 8, "dtype": "float32"})
+    return interpret(tmp_path_factory.mktemp("interpreter"), "codes", cases)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -77,13 +71,13 @@ def test_the_reference_is_the_formula(bits, width, dtype):
 
 @pytest.mark.parametrize(("bits", "width", "dtype"), CASES)
 def test_the_kernel_is_the_formula_and_writes_every_element(interpreted, bits, width, dtype):
-    found = interpreted[f"{bits}-{width}-{dtype}"]
+    found = interpreted[f"{bits}-{width}-{dtype}.rows"]
     expected = rounded(formula(*inputs(bits, width), width=width), getattr(torch, dtype))
     assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_no_rows_are_no_launch(interpreted):
-    assert interpreted["none"].shape == (2, 0, 5, 8)
+    assert interpreted["none.rows"].shape == (2, 0, 5, 8)
 
 
 def test_leading_axes_and_strides_do_not_matter():

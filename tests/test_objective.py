@@ -7,6 +7,7 @@ from fill import clip, fill, visible_mask
 from torch.testing import assert_close
 
 from distill import draw
+from distill.cache.codes import Codec
 from distill.objective import ClassifyObjective, DistillObjective, draw_keep
 from distill.recipe import Classify, Distill
 from distill.students import create_classifier, create_student
@@ -92,6 +93,19 @@ def test_layers_are_named_by_ascending_depth_and_average_to_middle():
     for index, layer in enumerate(layers):
         expected = 2 - 2 * (middle[index] * batch["middle"][index]).sum(-1).mean()
         assert_close(layer, expected.detach(), **TOLERANCE)
+
+
+def test_codes_are_aligned_with_as_what_they_stand_for():
+    batch = random_batch(3)
+    middle = batch["middle"].transpose(0, 1)  # [B,K,M,E]
+    codec = Codec("3bit", means=middle.mean((0, 2)))
+    fields = codec.encode(middle)
+    objective = DistillObjective(student(), section(), seed=0)
+    expected = objective({**batch, "middle": codec.decode(**fields).transpose(0, 1)})
+    found = objective({**batch, "middle": codec.targets(**fields)})
+    assert_close(found, expected, **TOLERANCE)
+    exact = objective(batch)["middle"].item()
+    assert abs(found["middle"].item() - exact) > 1e-4  # codes of so few bits are not the rows
 
 
 def test_loss_weights_scale_the_two_parts():

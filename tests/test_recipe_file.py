@@ -541,6 +541,7 @@ def test_mistakes_of_students_name_the_file_they_are_in():
     ("setting", "found", "other"),
     [
         ("run.seed", "1", "0"),
+        ("run.kernels", '"triton"', '"torch"'),
         ("data.train.list", '"l.csv"', '"clips.csv"'),
         ("data.train.share", "0.5", "1.0"),
         ("data.views.frames", "4", "8"),
@@ -599,13 +600,15 @@ def test_hash_ignores_what_has_no_say_in_the_result():
 
 def test_differences_name_settings_and_both_values():
     recipe = load_recipe(write("r.yaml", DISTILL))
-    other = load_recipe("r.yaml", ["optim.lr=2e-3", "run.seed=1", "data.views.sampling.kind=dense"])
+    other = load_recipe(
+        "r.yaml", ["optim.lr=2e-3", "run.kernels=triton", "data.views.sampling.kind=dense"]
+    )
     assert recipe_hash(other) != recipe_hash(recipe)
     assert differences(recipe, other) == [
         'data.views.sampling.kind: "sparse", now "dense"',
         "data.views.sampling.stride_frames: null, now 4",
         "optim.lr: 0.001, now 0.002",
-        "run.seed: 0, now 1",
+        'run.kernels: "torch", now "triton"',
     ]
 
 

@@ -6,13 +6,15 @@ import torch.nn.functional as F
 from fill import clip, fill
 from torch import nn
 
+from distill.kernels.patch_embed import normalize_patches
 from distill.students import SIZES, ViTSize, create_classifier, create_student
 from distill.students.vit import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     MLP,
     Block,
     LayerScale,
     VideoViT,
-    normalize_patches,
     patchify,
     resolve_size,
     separable_tables,
@@ -162,7 +164,9 @@ def test_uint8_is_normalised_with_imagenet_statistics():
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1, 1)
     expected = patchify((pixels / 255 - mean) / std)
-    torch.testing.assert_close(normalize_patches(patchify(pixels)), expected)
+    torch.testing.assert_close(
+        normalize_patches(patchify(pixels), IMAGENET_MEAN, IMAGENET_STD), expected
+    )
 
 
 @pytest.mark.parametrize("tubelet", [1, 2])

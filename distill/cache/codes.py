@@ -26,6 +26,7 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from distill import draw
+from distill.kernels.coded_targets import CodedTargets
 from distill.kernels.codes import GROUP, decode_codes
 
 BITS = {"8bit": 8, "4bit": 4, "3bit": 3, "2bit": 2}
@@ -91,6 +92,14 @@ class Codec:
         for layer, mean in enumerate(means):  # one at a time, as in encode
             rows[..., layer, :, :] = rotate_back(rows[..., layer, :, :]) + mean
         return rows
+
+    def targets(self, codes: Tensor, scales: Tensor) -> CodedTargets:
+        """What `decode` would make of coded fields [B,K,M,...], for the loss to decode."""
+        levels, means = self._on(codes.device)
+        width = means.shape[-1]
+        left, right = _pair(width, codes.device)
+        flips = _signs(width, codes.device, torch.float32) / math.sqrt(len(left) * width)
+        return CodedTargets(codes, scales, levels, means, flips, left, right)
 
     def _check_rows(self, middle: Tensor) -> None:
         layers, width = self.means.shape
@@ -168,6 +177,23 @@ def _factors(width: int) -> tuple[int, ...]:
         sizes.insert(0, min(power, LARGEST_FACTOR))
         power //= sizes[0]
     return tuple(sizes)
+
+
+@cache
+def _pair(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The mix as two symmetric factors [P,P] and [Q,Q] that matrix instructions take.
+
+    The left one has entries of 1 and -1, which half precision holds, and is sqrt(P) times as long
+    as an orthogonal one. 1408 is 128 x 11, 768 is 64 x 12.
+    """
+    left = width & -width
+    right = odd = width // left
+    while left > 1 and (right <= 8 or (left > LARGEST_FACTOR and right <= 16)):
+        left, right = left // 2, right * 2
+    signs = (_matrix(left, device, torch.float64) * math.sqrt(left)).round()
+    power = _matrix(right // odd, device, torch.float64)
+    mix = torch.kron(power, _matrix(odd, device, torch.float64))
+    return signs.float(), mix.float()
 
 
 @cache

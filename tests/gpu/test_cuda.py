@@ -15,6 +15,7 @@ from distill.teachers import create_teacher
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.parametrize("kernels", ["torch", "triton"], indirect=True),
 ]
 
 SIZE = ViTSize(96, 3, 3, pooled_width=48, init_std=0.1, layer_scale=1.0)

@@ -1,0 +1,268 @@
+"""Which operations run on a GPU: torch's, unless a recipe takes this project's kernels."""
+
+import importlib.util
+import logging
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch.testing import assert_close
+
+from distill import evaluate, train
+from distill.cache import live
+from distill.cache.codes import Codec
+from distill.engine import take_kernels
+from distill.errors import InputError
+from distill.kernels import (
+    alignment,
+    attention,
+    coded_targets,
+    codes,
+    jit,
+    linear_alignment,
+    patch_embed,
+    rmsnorm,
+)
+from distill.kernels.coded_targets import CodedTargets
+from distill.recipe import Recipe, Run
+from distill.students.vit import VideoViT, ViTSize
+from distill.targets import CachedTargets
+
+WIDTH = 176
+HALF = torch.bfloat16
+
+
+class OnGPU(torch.Tensor):
+    """A tensor that says it is on a GPU, and is computed with on the CPU."""
+
+    is_cuda = property(lambda self: True)
+
+
+class KernelTaken(Exception):
+    """Raised where a kernel would be launched."""
+
+
+class Kernel:
+    """In place of an autograd function, or of the function that launches a kernel."""
+
+    def __call__(self, *arguments, **settings):
+        raise KernelTaken
+
+    apply = __call__
+
+
+@pytest.fixture(autouse=True)
+def chosen():
+    """What other tests see stays as it was."""
+    yield
+    jit.choose("torch")
+
+
+def draw(*shape, dtype=torch.float32):
+    stream = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, generator=stream).to(dtype)
+
+
+def coded():
+    codec = Codec("4bit", means=draw(2, WIDTH))
+    return codec, codec.encode(draw(3, 2, 5, WIDTH))
+
+
+def codes_case(gpu):
+    _, fields = coded()
+    return codes.decode_codes(
+        gpu(fields["codes"]), gpu(fields["scales"]), gpu(draw(16)), width=WIDTH
+    )
+
+
+def alignment_case(gpu):
+    raw = [gpu(draw(3, 5, WIDTH)).requires_grad_() for _ in range(2)]
+    vectors = [gpu(draw(WIDTH)) for _ in range(2)]
+    return alignment.alignment(raw, vectors, vectors, gpu(draw(2, 3, 5, WIDTH)))
+
+
+def losses_alone_case(gpu):
+    with torch.no_grad():
+        return alignment_case(gpu)
+
+
+def coded_targets_case(gpu):
+    codec, fields = coded()
+    targets = codec.targets(fields["codes"], fields["scales"])
+    return coded_targets.decode_targets(CodedTargets(*map(gpu, targets)), HALF)
+
+
+def linear_alignment_case(gpu):
+    states = [gpu(draw(3, 5, 24)).requires_grad_() for _ in range(2)]
+    weights, vectors = [draw(WIDTH, 24)] * 2, [draw(WIDTH)] * 2
+    targets = gpu(draw(2, 3, 5, WIDTH))
+    return linear_alignment.linear_alignment(states, weights, vectors, vectors, vectors, targets)
+
+
+def patch_embed_case(gpu):
+    patches = gpu(torch.arange(24, dtype=torch.uint8).view(2, 12))
+    weight, bias = draw(4, 12, dtype=HALF), draw(4, dtype=HALF)
+    return patch_embed.patch_embed(patches, weight, bias, mean=(0.5,) * 3, std=(0.2,) * 3)
+
+
+def attention_case(gpu):
+    packing = attention.pack_evenly(2, 5, device=torch.device("cpu"))
+    return attention.attention(gpu(draw(10, 96, dtype=HALF)), draw(32), draw(32), packing, heads=2)
+
+
+def rmsnorm_case(gpu):
+    return rmsnorm.rmsnorm(gpu(draw(2, 5, 32)), gpu(draw(32)))[1]
+
+
+CASES = {
+    "codes": (codes, "_decode_codes_fwd", codes_case),
+    "alignment": (alignment, "_Alignment", alignment_case),
+    "losses alone": (alignment, "_alignment_fwd", losses_alone_case),
+    "coded targets": (coded_targets, "_decode_targets_fwd", coded_targets_case),
+    "linear alignment": (linear_alignment, "_LinearAlignment", linear_alignment_case),
+    "patch embedding": (patch_embed, "_PatchEmbed", patch_embed_case),
+    "attention": (attention, "_Attention", attention_case),
+    "norm": (rmsnorm, "_RMSNorm", rmsnorm_case),
+}
+
+
+def on_gpu(tensor):
+    return tensor.as_subclass(OnGPU)
+
+
+@pytest.fixture(params=CASES)
+def case(request, monkeypatch):
+    """An operation whose kernel raises `KernelTaken`."""
+    module, name, call = CASES[request.param]
+    monkeypatch.setattr(module, name, Kernel())
+    monkeypatch.setattr(alignment, "_num_programs", lambda x: 1)
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: type("", (), {"multi_processor_count": 1}),
+    )
+    return call
+
+
+def test_on_a_gpu_torch_is_taken_unless_kernels_are_chosen(case):
+    expected = case(lambda tensor: tensor)
+    assert_close(case(on_gpu).as_subclass(torch.Tensor), expected, rtol=0, atol=0)
+    jit.choose("triton")
+    with pytest.raises(KernelTaken):
+        case(on_gpu)
+    jit.choose("torch")
+    assert_close(case(on_gpu).as_subclass(torch.Tensor), expected, rtol=0, atol=0)
+
+
+def test_on_a_cpu_kernels_are_never_taken(case):
+    expected = case(lambda tensor: tensor)
+    jit.choose("triton")
+    assert_close(case(lambda tensor: tensor), expected, rtol=0, atol=0)
+
+
+def test_torch_is_the_default_of_a_process_and_of_a_recipe():
+    spec = importlib.util.spec_from_file_location("fresh_jit", jit.__file__)
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    assert [fresh._chosen, Run().kernels] == ["torch", "torch"]
+    assert fresh.uses_triton(on_gpu(torch.ones(1))) is False
+
+
+def test_codes_are_handed_to_the_loss_only_where_its_kernels_decode_them():
+    codec, fields = coded()
+    batch = {
+        "clip_id": torch.arange(3),
+        "epoch": 0,
+        "tokens": torch.arange(4).expand(3, 4),
+        "patches": torch.zeros(3, 4, 588, dtype=torch.uint8),
+        "codes": on_gpu(fields["codes"]),
+        "scales": on_gpu(fields["scales"]),
+        "pooled": torch.ones(3, 8),
+        "attention": torch.ones(3, 8),
+    }
+    expected = codec.decode(fields["codes"], fields["scales"]).transpose(0, 1)
+    middle = CachedTargets(codec)(batch)["middle"]
+    assert_close(middle.as_subclass(torch.Tensor), expected, rtol=0, atol=0)
+    jit.choose("triton")
+    assert isinstance(CachedTargets(codec)(batch)["middle"], CodedTargets)
+
+
+def test_a_model_on_a_gpu_takes_no_kernel_unless_they_are_chosen(monkeypatch):
+    torch.manual_seed(0)
+    model = VideoViT(ViTSize(32, 2, 2, layer_scale=1.0), frames=2, image_size=28)
+    patches = torch.randint(0, 256, (2, 8, 588), dtype=torch.uint8)
+    expected = model.encode(patches)[0]
+    assert_close(
+        model.encode(on_gpu(patches))[0].as_subclass(torch.Tensor), expected, rtol=0, atol=0
+    )
+    for module, name in ((attention, "_Attention"), (rmsnorm, "_RMSNorm")):
+        monkeypatch.setattr(module, name, Kernel())
+    jit.choose("triton")
+    with pytest.raises(KernelTaken):
+        model.encode(on_gpu(patches))
+
+
+def recipe(kernels, objective):
+    return Recipe.model_validate(
+        {
+            "run": {"kernels": kernels},
+            "data": {"train": {"list": "clips.csv"}},
+            "model": {"size": "S14"},
+            "objective": objective,
+            "optim": {"lr": 1e-3, "batch_size": 4, "epochs": 1},
+        }
+    )
+
+
+DISTILL = {
+    "kind": "distill",
+    "teacher": {"size": "S14", "random": True},
+    "cache": {"folder": "cache"},
+}
+CLASSIFY = {"kind": "classify", "num_classes": 3}
+STARTS = {
+    "training": (train, DISTILL, lambda recipe: train.train_unfinished([(recipe, None)])),
+    "a cache's teacher": (live, DISTILL, live.cached_teacher),
+    "evaluation": (evaluate, CLASSIFY, lambda recipe: evaluate.evaluate_recipe(recipe, "w.pt")),
+}
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("start", STARTS)
+def test_the_recipe_chooses(start, kernels, monkeypatch):
+    module, objective, call = STARTS[start]
+
+    def taken(*arguments):
+        take_kernels(*arguments)
+        raise KernelTaken
+
+    jit.choose({"torch": "triton", "triton": "torch"}[kernels])
+    monkeypatch.setattr(module, "take_kernels", taken)
+    with pytest.raises(KernelTaken):
+        call(recipe(kernels, objective))
+    assert jit._chosen == kernels
+
+
+def test_a_recipe_takes_no_other_kernels():
+    with pytest.raises(ValidationError, match="Input should be 'torch' or 'triton'"):
+        recipe("cuda", CLASSIFY)
+    with pytest.raises(ValueError, match="kernels must be one of torch, triton, got 'cuda'"):
+        jit.choose("cuda")
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_the_log_says_on_a_gpu_which_kernels_run(kernels, monkeypatch, caplog):
+    monkeypatch.setattr(jit, "triton", object())
+    with caplog.at_level(logging.INFO, logger="distill.engine"):
+        take_kernels(kernels, torch.device("cpu"))
+        assert caplog.messages == []
+        take_kernels(kernels, torch.device("cuda"))
+    assert caplog.messages == [f"kernels on cuda: {kernels}"]
+
+
+def test_kernels_without_triton_are_refused_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(jit, "triton", None)
+    with pytest.raises(InputError, match="Triton is not installed; .* run.kernels=torch"):
+        take_kernels("triton", torch.device("cuda"))
+    take_kernels("triton", torch.device("cpu"))
+    assert jit.uses_triton(torch.ones(1)) is False
