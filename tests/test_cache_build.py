@@ -18,6 +18,7 @@ from torch.testing import assert_close
 
 from distill.cache import build as cache_build
 from distill.cache import identity as cache_identity_module
+from distill.cache import index as cache_index
 from distill.cache import live as cache_live
 from distill.cache.build import build_cache
 from distill.cache.calibrate import read_codec, with_codec
@@ -54,14 +55,17 @@ def write_video(path, *, seed):
         container.mux(video.encode())
 
 
+def write_videos(folder, count=CLIPS):
+    """Clips and their list, in a folder; returns it."""
+    for index in range(count):
+        write_video(folder / f"{index}.mp4", seed=index)
+    (folder / "train.csv").write_text("".join(f"{index}.mp4,0\n" for index in range(count)))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """A folder of clips and its list."""
-    folder = tmp_path_factory.mktemp("videos")
-    for index in range(CLIPS):
-        write_video(folder / f"{index}.mp4", seed=index)
-    (folder / "train.csv").write_text("".join(f"{index}.mp4,0\n" for index in range(CLIPS)))
-    return folder
+    return write_videos(tmp_path_factory.mktemp("videos"))
 
 
 def make_recipe(videos, folder, *, cache=(), data=(), optim=(), **changes):
@@ -191,6 +195,16 @@ def test_a_record_holds_what_the_teacher_saw(built):
             assert info["crop"] == list(look.crop)
             assert info["flip"] == look.flip
             assert info["decoder"] == look.decoder
+
+
+def test_opening_a_cache_reads_its_manifest_once(built, monkeypatch):
+    recipe, _ = built
+    folders, inner = [], cache_index._read_manifest
+    monkeypatch.setattr(
+        cache_index, "_read_manifest", lambda folder: folders.append(folder) or inner(folder)
+    )
+    Cache.open(cache_folder(recipe), recipe)
+    assert len(folders) == 1
 
 
 def test_a_second_build_does_nothing(built, monkeypatch):

@@ -137,10 +137,7 @@ def load_index(folder: Folder, identity: dict) -> CacheIndex:
 
 
 def found_identity(folder: Folder) -> dict | None:
-    """The identity that a cache's records have, None where there are none; not checked yet."""
-    manifest = _read_manifest(folder)
-    if manifest is not None:
-        return manifest.identity
+    """The identity of a cache's first shard, None without any; it speaks for no other shard."""
     name = next(iter(shard_sizes(folder)), None)
     return None if name is None else read_shard_index(folder, name).identity
 

@@ -81,10 +81,13 @@ class Cache:
         num_views = distill_section(recipe).cache.views
         identity = identity or cache_identity(recipe)
         layers = None
-        if not allow_missing:  # what is made live has the recipe's own layers
+        try:
+            codec, index = _read_index(folder, identity)
+        except StateError:
             identity, layers = adopt_blocks(found_identity(folder) or {}, identity)
-        codec = read_codec(folder, identity)
-        index = load_index(folder, with_codec(identity, codec))
+            if layers is None or allow_missing:  # what is made live has the recipe's own layers
+                raise
+            codec, index = _read_index(folder, identity)
         section = recipe.data.train
         if not len(index) and (section.list is None or not allow_missing):
             raise StateError(
@@ -275,6 +278,11 @@ class CachedBatches:
 
 def _as_bytes(array: np.ndarray) -> memoryview:
     return memoryview(array.reshape(-1).view(np.uint8))
+
+
+def _read_index(folder: Folder, identity: dict) -> tuple[Codec | None, CacheIndex]:
+    codec = read_codec(folder, identity)
+    return codec, load_index(folder, with_codec(identity, codec))
 
 
 def _find_rows(index: CacheIndex, clip_ids: np.ndarray, num_views: int) -> np.ndarray:
