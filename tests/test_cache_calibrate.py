@@ -5,7 +5,14 @@ import threading
 import numpy as np
 import pytest
 import torch
-from test_cache_build import cache_folder, make_recipe, no_progress, num_committed, write_video
+from test_cache_build import (
+    cache_folder,
+    make_recipe,
+    no_progress,
+    num_committed,
+    write_video,
+    write_videos,
+)
 from torch.testing import assert_close
 
 from distill import draw
@@ -29,11 +36,7 @@ IDENTITY = {"objective.cache.codes": "4bit", "objective.cache.seed": 0}
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("videos")
-    for index in range(CLIPS):
-        write_video(folder / f"{index}.mp4", seed=index)
-    (folder / "train.csv").write_text("".join(f"{index}.mp4,0\n" for index in range(CLIPS)))
-    return folder
+    return write_videos(tmp_path_factory.mktemp("videos"), CLIPS)
 
 
 def recipe_at(videos, folder, **cache):

@@ -19,7 +19,7 @@ from test_cache_build import (
     no_progress,
     num_committed,
     records,
-    write_video,
+    write_videos,
 )
 
 from distill import log
@@ -35,12 +35,7 @@ from distill.errors import StateError
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """A folder of clips and its list."""
-    folder = tmp_path_factory.mktemp("videos")
-    for index in range(CLIPS):
-        write_video(folder / f"{index}.mp4", seed=index)
-    (folder / "train.csv").write_text("".join(f"{index}.mp4,0\n" for index in range(CLIPS)))
-    return folder
+    return write_videos(tmp_path_factory.mktemp("videos"))
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from test_cache_build import (
     no_progress,
     records,
     write_video,
+    write_videos,
 )
 from test_cache_store import bucket  # noqa: F401
 
@@ -30,11 +31,7 @@ from distill.recipe_file import dump_recipe, load_recipe
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("videos")
-    for index in range(CLIPS):
-        write_video(folder / f"{index}.mp4", seed=index)
-    (folder / "train.csv").write_text("".join(f"{index}.mp4,0\n" for index in range(CLIPS)))
-    return folder
+    return write_videos(tmp_path_factory.mktemp("videos"))
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,13 @@
 """What real caches keep of a view: its pixels made again, and the tokens that epochs see."""
 
 import json
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 import videos
 from PIL import Image
+from test_cache_build import no_progress
 from torch.testing import assert_close
 
 from distill import draw
@@ -76,19 +76,6 @@ def make_recipe(clips, folder, *, name="trimmed.txt", crop="multiscale", mask="a
             "optim": {"lr": 1e-3, "batch_size": 2, "epochs": 3},
         }
     )
-
-
-@contextmanager
-def no_progress(title, *, total, unit, done=0):
-    yield Bar()
-
-
-class Bar:
-    def advance(self, count):
-        pass
-
-    def note(self, text):
-        pass
 
 
 SETTINGS = {
