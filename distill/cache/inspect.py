@@ -19,10 +19,10 @@ from distill import draw, log
 from distill.cache.calibrate import read_codec
 from distill.cache.codes import BITS, Codec, gaussian_levels
 from distill.cache.identity import MEANS, MEANS_FILE
-from distill.cache.index import load_index
+from distill.cache.index import found_identity, load_index
 from distill.cache.quarantine import quarantined_ids
 from distill.cache.read import Cache
-from distill.cache.shards import read_shard_index
+from distill.cache.shards import shard_sizes
 from distill.cache.store import Folder, open_folder
 from distill.errors import StateError
 from distill.mask import Redraw
@@ -104,12 +104,11 @@ class CacheReport:
 def open_any(folder: str | Path | Folder) -> OpenedCache:
     """Open a cache without a recipe; raises StateError for one that is empty or damaged."""
     folder = open_folder(folder)
-    names = list(folder.sizes("shard-"))
-    if not names:
+    written = found_identity(folder)
+    if written is None:
         raise StateError(
             f"cache {folder}: no shards there; give the folder of a recipe's objective.cache.folder"
         )
-    written = read_shard_index(folder, names[0]).identity
     identity = {name: value for name, value in written.items() if name != MEANS}
     codec = read_codec(folder, identity)
     if codec is None:
@@ -153,7 +152,7 @@ def inspect_cache(
         num_records=len(index),
         records_by_view=dict(zip(views.tolist(), counts.tolist(), strict=True)),
         num_shards=len(index.shards),
-        size_bytes=sum(cache.folder.sizes("shard-").values()),
+        size_bytes=sum(shard_sizes(cache.folder).values()),
         field_bytes=fields,
         quarantined=len(np.unique(quarantined_ids(cache.folder))),
         sampled=len(rows),
