@@ -43,13 +43,21 @@ def vit_size(size: str | Size) -> "str | ViTSize":
     return ViTSize(**size.model_dump()) if isinstance(size, Size) else size
 
 
-class Weights(Section):
-    """Weights to start from. `checkpoint` may be `stage:NAME`, an earlier stage of the study."""
+class Checkpoint(Section):
+    """A file of weights. `checkpoint` may be `stage:NAME`, an earlier stage of the study."""
 
     checkpoint: str
     sha256: str | None = None
     source: str | None = Field(None, description="where to get it, shown when it is missing")
     frames: PositiveInt | None = Field(None, description="its frames; inferred when not given")
+
+
+class Weights(Checkpoint):
+    """Weights to start from."""
+
+    extra: Checkpoint | None = Field(
+        None, description="read over it: a stage-2 file's vision encoder, where the two differ"
+    )
     head: Literal["keep", "first", "k600", "k700", "reset"] = Field(
         "reset", description="what becomes of its classification head"
     )
@@ -63,6 +71,9 @@ class Model(Section):
     positions: Literal["joint", "separable"] = "joint"
     activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
     drop_path: BelowOne = 0.0
+    head_drop_path: BelowOne = Field(
+        0.0, description="of the pooled vector; upstream's recipes state it, its code ignores it"
+    )
     checkpoint_blocks: NonNegativeInt = Field(0, description="blocks recomputed in the backward")
     weights: Weights | None = None
 
@@ -138,12 +149,41 @@ class Views(Section):
     decoder: Literal["auto", "decord", "pyav"] = "auto"
 
 
+class RandAugment(Section):
+    """Random operations on colours and geometry, the same for all frames of a view.
+
+    Cubuk et al., RandAugment, in timm's increasing variant: `rand-m7-n4-mstd0.5-inc1` is
+    magnitude 7, num_ops 4, magnitude_std 0.5.
+    """
+
+    magnitude: Annotated[float, Field(ge=0, le=10)] = 7.0
+    num_ops: PositiveInt = 4
+    magnitude_std: NonNegative = 0.5
+
+
+class Erase(Section):
+    """Random erasing: one box of noise a view, the same in all frames (Zhong et al.)."""
+
+    probability: Share = 0.25
+
+
+class Augment(Section):
+    """What finetuning does to a view on top of its crop and flip; never part of a view cache."""
+
+    rand_augment: RandAugment | None = None
+    erase: Erase | None = None
+    repeats: PositiveInt = Field(
+        1, description="views of a clip side by side in a batch, from frames decoded once"
+    )
+
+
 class Data(Section):
     train: ClipList
     val: ClipList | None = None
     test: ClipList | None = None
     demo: Demo | None = None
     views: Views = Views()
+    augment: Augment = Augment()
     workers: PositiveInt = 2
     decode_timeout_seconds: Positive = 60.0
     max_quarantined: Share = Field(0.05, description="stop above this share of undecodable clips")
@@ -185,6 +225,28 @@ class Distill(Section):
     cache: Cache | None = None
 
 
+class Mixing(Section):
+    """Mixup or CutMix of a batch with itself in reverse, labels and all (Zhang; Yun et al.)."""
+
+    mixup_alpha: NonNegative = 0.8
+    cutmix_alpha: NonNegative = 1.0
+    cutmix_share: Share = Field(0.5, description="how often CutMix is taken rather than mixup")
+
+
+class Features(Section):
+    """Where a frozen backbone's features of the training views are kept, once for all probes."""
+
+    folder: str
+    views: PositiveInt = Field(1, description="of each clip; epoch e learns from view e mod views")
+
+
+class Sweep(Section):
+    """Probes of every lr with every weight decay, trained side by side on the same batches."""
+
+    lrs: tuple[Positive, ...] = Field(min_length=1, description="each in place of optim.lr")
+    weight_decays: tuple[NonNegative, ...] = (0.0,)
+
+
 class Classify(Section):
     """Cross-entropy with labels: finetuning, probing or training from scratch."""
 
@@ -193,8 +255,15 @@ class Classify(Section):
     trainable: Literal["all", "pool", "head"] = Field(
         "all", description="all: finetune; pool: attentive probe; head: linear probe"
     )
+    probe: (
+        Literal["attentive_mlp", "cls_avg1", "cls_avgN", "cls_avg1_proj", "cls_avgN_proj"] | None
+    ) = Field(None, description="an MLP after the pool, or the tokens a linear probe puts together")
+    probe_norm: Literal["LN", "BN", "kaiming_BN"] = "LN"
     label_smoothing: Share = 0.1
     fc_drop: Share = 0.0
+    mixing: Mixing | None = None
+    features: Features | None = Field(None, description="for probes: run the backbone only once")
+    sweep: Sweep | None = Field(None, description="for probes: the best on `val` is reported")
 
 
 class Optim(Section):
@@ -214,6 +283,9 @@ class Optim(Section):
     clip_grad: Positive | None = None
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    ema: BelowOne | None = Field(
+        None, description="decay a step of an average of the weights, evaluated beside them"
+    )
 
 
 class Evaluate(Section):
@@ -232,6 +304,9 @@ class Run(Section):
     save_minutes: Positive = 10.0
     keep_checkpoints: PositiveInt = 2
     log_steps: PositiveInt = 10
+    toy: bool = Field(
+        False, description="shrink every size, to try a recipe out in seconds on a CPU"
+    )
     kernels: Literal["torch", "triton"] = Field(
         "torch", description="triton takes this project's kernels on a GPU"
     )

@@ -133,7 +133,7 @@ def test_unknown_key_of_a_kind_is_compared_with_that_kinds_keys():
     assert mistakes(text) == [
         "r.yaml: objective.targets: is no setting of kind 'classify'",
         "r.yaml: objective.targts: unknown key; known here: kind, num_classes, trainable, "
-        "label_smoothing, fc_drop",
+        "probe, probe_norm, label_smoothing, fc_drop, mixing, features, sweep",
     ]
 
 
@@ -311,7 +311,7 @@ def test_mistake_in_a_base_is_named_by_the_base():
         "base.yaml: optim.lrr: unknown key, did you mean 'lr'?",
         "r.yaml: optim.wd: unknown key; known here: lr, batch_size, epochs, warmup_epochs, "
         "min_lr, warmup_lr, lr_per_batch, micro_batch, weight_decay, betas, eps, clip_grad, "
-        "layer_decay, precision",
+        "layer_decay, precision, ema",
     ]
 
 
