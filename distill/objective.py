@@ -4,14 +4,19 @@ Both return a dict of float32 scalars of which `loss` is the one to descend. Dro
 from the clips' ids, so that neither the order of a batch nor its neighbours change a result.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill import draw
 from distill.kernels.alignment import alignment
+from distill.kernels.coded_targets import CodedTargets
+from distill.kernels.linear_alignment import linear_alignment
 from distill.recipe import Classify, Distill
 from distill.students.classifier import VideoClassifier
+from distill.students.heads import Decoder
 from distill.students.student import DistillStudent
 from distill.students.vit import VideoViT
 
@@ -25,6 +30,29 @@ def draw_keep(model: VideoViT, clip_ids: Tensor, *, seed: int, epoch: int) -> Te
         return None
     uniform = draw.uniform(clip_ids, "drop-path", seed, epoch, count=2 * len(model.drop_path_rates))
     return model.drop_path_keep(uniform.T)
+
+
+def align_layers(
+    decoders: Sequence[Decoder],
+    states: Sequence[Tensor],
+    targets: Tensor | CodedTargets,
+    *,
+    upstream: float,
+) -> Tensor:
+    """Loss [K] of decoded states, K of [B,M,D], to targets [K,B,M,E] or codes of them.
+
+    By kernels, the decoders' last linear is part of the loss: nothing as wide as the teacher is
+    kept. `upstream` as in `alignment`. Accumulates in float32.
+    """
+    return linear_alignment(
+        [decode.before_last(x) for decode, x in zip(decoders, states, strict=True)],
+        [decode.last.weight for decode in decoders],
+        [decode.last.bias for decode in decoders],
+        [decode.norm.weight for decode in decoders],
+        [decode.norm.bias for decode in decoders],
+        targets,
+        upstream=upstream,
+    )
 
 
 class DistillObjective(nn.Module):
@@ -47,10 +75,9 @@ class DistillObjective(nn.Module):
         states, pooled = student.decoder_inputs(
             patches=batch["patches"], tokens=batch["tokens"], keep=keep
         )
-        layers = alignment(
-            [decode.head(x) for decode, x in zip(student.clip_decoder, states, strict=True)],
-            [decode.norm.weight for decode in student.clip_decoder],
-            [decode.norm.bias for decode in student.clip_decoder],
+        layers = align_layers(
+            student.clip_decoder,
+            states,
             batch["middle"],
             upstream=self.middle_weight / len(states),
         )

@@ -16,6 +16,12 @@ t = mean + scale R' q go into the products as q: R turns V, v and c, once for al
 by chunks: some rows are projected, aligned and taken back through W, before the next ones are.
 Either way gradients are made with the losses. Source: arithmetic; checked in float64 against
 automatic differentiation.
+
+Which of them, by multiplications of R rows: chunks take 3 R E D, as the linear layer alone does,
+and Gram matrices 2 R E D, of the targets with V and with the rows, and 4 R D D. At E = 1408 that is
+1.0 times the chunks' for D = 384 (S/14), where nothing E wide is written for it, 1.4 for 768 (B/14)
+and 1.6 for 1024 (L/14): Gram matrices up to WIDEST_GRAM. float16, whose range the squares leave, is
+by chunks at any width.
 """
 
 from __future__ import annotations  # see jit.py
@@ -31,9 +37,11 @@ from distill.kernels.alignment import (
     DECODED_BYTES,
     EPS,
     TINY,
+    WIDEST,
     _alignment_bwd,
     _alignment_fwd,
     _num_programs,
+    alignment,
     alignment_reference,
     upstream_ratio,
 )
@@ -41,7 +49,7 @@ from distill.kernels.coded_targets import CodedTargets
 from distill.kernels.codes import decode_codes
 from distill.kernels.jit import jit, tl, uses_triton
 
-WIDEST_GRAM = 512  # of D: at 768 it takes 1.4 times the chunks' arithmetic
+WIDEST_GRAM = 512  # of D
 PAD = 8  # columns beside D: a product's rows stay multiples of 16 bytes
 TILE = 2048  # elements of [rows,D] that a program holds of each of its inputs
 NUM_WARPS = 4
@@ -414,10 +422,18 @@ def linear_alignment(
                 f"targets, got {list(h.shape)} and {list(matrix.shape)}"
             )
     h = states[0]
-    leaves = [x for group in groups for x in group]
-    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
-    if not uses_triton(h) or h.dtype == torch.float64 or h.numel() == 0 or not wants_gradient:
+    if not uses_triton(h) or h.dtype == torch.float64 or h.numel() == 0 or shape[-1] > WIDEST:
         return linear_alignment_reference(*groups, targets)
+    leaves = [x for group in groups for x in group]
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in leaves)):
+        is_coded = isinstance(targets, CodedTargets)
+        parts = [targets.layer(i) if is_coded else targets[i : i + 1] for i in range(layers)]
+        return torch.cat(
+            [
+                alignment([F.linear(*linear)], [gain], [shift], part)
+                for *linear, gain, shift, part in zip(*groups, parts, strict=True)
+            ]
+        )
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else h.dtype
     if dtype == torch.float16:  # where a mean's gradients are smaller than any number
         upstream = float(h.shape[0] * h.shape[1])

@@ -63,6 +63,15 @@ class Decoder(nn.Module):
             self.head = nn.Linear(width, out_width)
         self.norm = nn.LayerNorm(out_width, eps=1e-5)
 
+    @property
+    def last(self) -> nn.Linear:
+        """The linear of `head` that is as wide as the teacher."""
+        return self.head if isinstance(self.head, nn.Linear) else self.head[-1]
+
+    def before_last(self, x: Tensor) -> Tensor:
+        """What `last` takes, [...,D] -> [...,D]: `last(before_last(x))` is `head(x)`."""
+        return x if isinstance(self.head, nn.Linear) else self.head[:-1](x)
+
     def forward(self, x: Tensor) -> Tensor:
         """[...,D] -> [...,E], of unit length on the last axis (float32 statistics)."""
         return F.normalize(self.norm(self.head(x)).float(), dim=-1)

@@ -24,7 +24,9 @@ from distill.kernels import (
     rmsnorm,
 )
 from distill.kernels.coded_targets import CodedTargets
+from distill.objective import align_layers
 from distill.recipe import Recipe, Run
+from distill.students import create_student
 from distill.students.vit import VideoViT, ViTSize
 from distill.targets import CachedTargets
 
@@ -99,6 +101,11 @@ def linear_alignment_case(gpu):
     return linear_alignment.linear_alignment(states, weights, vectors, vectors, vectors, targets)
 
 
+def linear_losses_alone_case(gpu):
+    with torch.no_grad():
+        return linear_alignment_case(gpu)
+
+
 def patch_embed_case(gpu):
     patches = gpu(torch.arange(24, dtype=torch.uint8).view(2, 12))
     weight, bias = draw(4, 12, dtype=HALF), draw(4, dtype=HALF)
@@ -120,6 +127,7 @@ CASES = {
     "losses alone": (alignment, "_alignment_fwd", losses_alone_case),
     "coded targets": (coded_targets, "_decode_targets_fwd", coded_targets_case),
     "linear alignment": (linear_alignment, "_LinearAlignment", linear_alignment_case),
+    "linear losses alone": (alignment, "_alignment_fwd", linear_losses_alone_case),
     "patch embedding": (patch_embed, "_PatchEmbed", patch_embed_case),
     "attention": (attention, "_Attention", attention_case),
     "norm": (rmsnorm, "_RMSNorm", rmsnorm_case),
@@ -200,6 +208,34 @@ def test_a_model_on_a_gpu_takes_no_kernel_unless_they_are_chosen(monkeypatch):
     jit.choose("triton")
     with pytest.raises(KernelTaken):
         model.encode(on_gpu(patches))
+
+
+@pytest.mark.parametrize("decoder", ["mlp", "linear"])
+def test_a_students_last_linears_are_part_of_the_loss(decoder, monkeypatch):
+    student = create_student(
+        ViTSize(48, 2, 3, pooled_width=32),
+        frames=2,
+        image_size=28,
+        teacher_width=WIDTH,
+        teacher_pooled=16,
+        num_layers=2,
+        decoder=decoder,
+    )
+    states, targets = [draw(3, 5, 48) for _ in range(2)], draw(2, 3, 5, WIDTH)
+    heads = student.clip_decoder
+    projected = [decode.head(x) for decode, x in zip(heads, states, strict=True)]
+    norms = [list(x) for x in zip(*(decode.norm.parameters() for decode in heads), strict=True)]
+    expected = alignment.alignment(projected, *norms, targets)
+    found = align_layers(heads, states, targets, upstream=0.5)
+    assert_close(found, expected, rtol=0, atol=0)
+    leaves = list(heads.parameters())
+    gradients = [torch.autograd.grad(x.sum(), leaves) for x in (found, expected)]
+    assert_close(*gradients, rtol=0, atol=0)
+
+    monkeypatch.setattr(linear_alignment, "_LinearAlignment", Kernel())
+    jit.choose("triton")
+    with pytest.raises(KernelTaken):
+        align_layers(heads, [on_gpu(x) for x in states], targets, upstream=0.5)
 
 
 def recipe(kernels, objective):
