@@ -3,13 +3,13 @@
 import pytest
 import torch
 from coded import coded_targets, vectors
-from gpu_build import CAPABILITIES, SHARED_LIMIT, build
 from interpreted import interpret
 from test_alignment import TOLERANCE, formula, inputs
 from torch.testing import assert_close
 
 from distill.kernels import alignment as module
 from distill.kernels.alignment import alignment
+from distill.kernels.gpu_build import CAPABILITIES, SHARED_LIMIT, build
 
 LAYERS, UPSTREAM = 3, 1.7
 WIDTHS = (1, 13, 257)  # 257: more than one row's block holds nothing behind its last column

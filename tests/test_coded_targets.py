@@ -3,12 +3,12 @@
 import pytest
 import torch
 from coded import FACTORS, coded_targets, vectors
-from gpu_build import CAPABILITIES, SHARED_LIMIT, build
 from interpreted import interpret
 from torch.testing import assert_close
 
 from distill.kernels import coded_targets as module
 from distill.kernels.coded_targets import decode_targets
+from distill.kernels.gpu_build import CAPABILITIES, SHARED_LIMIT, build
 
 BITS = (8, 4, 3, 2)
 TOLERANCE = {

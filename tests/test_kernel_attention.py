@@ -1,12 +1,12 @@
 import pytest
 import torch
 from formulas import attention_formula, relative_error
-from gpu_build import CAPABILITIES, SHARED_LIMIT, build
 from interpret import interpret
 from torch.testing import assert_close
 
 from distill.kernels import attention as module
 from distill.kernels.attention import CONFIGS, TILES, attention, pack, pack_evenly
+from distill.kernels.gpu_build import CAPABILITIES, SHARED_LIMIT, build
 
 CPU = torch.device("cpu")
 NAMES = ("out", "qkv", "q_gain", "k_gain")  # the output, then the gradients

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gpu_build import CAPABILITIES, SHARED_LIMIT, build
 from interpret import interpret
 from torch.testing import assert_close
 
 from distill.kernels import codes as module
 from distill.kernels.codes import BITS_OF, BLOCK_GROUPS, BLOCK_ROWS, decode_codes
+from distill.kernels.gpu_build import CAPABILITIES, SHARED_LIMIT, build
 
 LEVELS = {bits: count for count, bits in BITS_OF.items()}
 WIDTHS = (1, 7, 64, 257)  # one group; a part of one; whole ones; more than a block has

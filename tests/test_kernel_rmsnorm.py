@@ -1,11 +1,11 @@
 import pytest
 import torch
 from formulas import relative_error, rmsnorm_formula
-from gpu_build import CAPABILITIES, SHARED_LIMIT, build
 from interpret import interpret
 from torch.testing import assert_close
 
 from distill.kernels import rmsnorm as module
+from distill.kernels.gpu_build import CAPABILITIES, SHARED_LIMIT, build
 from distill.kernels.rmsnorm import rmsnorm
 from distill.students.vit import SIZES, Block, LayerScale, ViTSize
 

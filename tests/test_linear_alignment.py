@@ -3,13 +3,13 @@
 import pytest
 import torch
 from coded import coded_targets, vectors
-from gpu_build import CAPABILITIES, SHARED_LIMIT, build
 from interpreted import interpret
 from test_alignment import formula
 from torch.testing import assert_close
 
 from distill.kernels import alignment as alignment_module
 from distill.kernels import linear_alignment as module
+from distill.kernels.gpu_build import CAPABILITIES, SHARED_LIMIT, build
 from distill.kernels.linear_alignment import _gram, _rows_in_torch, linear_alignment
 
 UPSTREAM = 0.6

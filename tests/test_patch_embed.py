@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from gpu_build import CAPABILITIES, SHARED_LIMIT, build
 from interpreted import interpret
 from torch.testing import assert_close
 
 from distill.kernels import patch_embed as module
+from distill.kernels.gpu_build import CAPABILITIES, SHARED_LIMIT, build
 from distill.kernels.patch_embed import patch_embed
 from distill.students.vit import IMAGENET_MEAN, IMAGENET_STD
 
