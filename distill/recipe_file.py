@@ -46,6 +46,8 @@ def load_recipe(
 ) -> Recipe | Study | Students:
     """Read a recipe: its bases merged under it, `section.key=value` overrides on top.
 
+    Of several bases, `base: [a.yaml, b.yaml]`, a later one goes over an earlier one.
+
     `./x` and `../x` in a file are relative to that file, other paths and those of overrides to
     the working directory. With stages or students, an override that names none of them holds for
     all. A student is a recipe beside the file or, as on the command line, a shipped one.
@@ -98,9 +100,12 @@ def find_recipe(path_or_name: str | Path) -> Path:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Name and path of every recipe that comes with the package."""
+    """Name and path of every recipe that comes with the package.
+
+    Files whose names begin with an underscore are bases, not recipes of their own.
+    """
     folder = Path(str(resources.files("distill.recipes")))
-    files = sorted(folder.rglob("*.yaml"))
+    files = sorted(file for file in folder.rglob("*.yaml") if not file.name.startswith("_"))
     return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
 
 
@@ -133,7 +138,8 @@ def recipe_schema() -> dict[str, Any]:
     Nothing is required, since a base or a study's shared sections may hold it.
     """
     schema = Recipe.model_json_schema()
-    whole = {**schema, "properties": {**schema["properties"], "base": {"type": "string"}}}
+    base = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+    whole = {**schema, "properties": {**schema["properties"], "base": base}}
     definitions = {**schema.pop("$defs"), "Stage": schema}
     whole["properties"]["stages"] = {
         "type": "object",
@@ -181,14 +187,15 @@ def _read(path: Path, *, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], 
     base = tree.pop("base", None)
     tree = _anchored(tree, path.parent)
     origins = {keys: f"{label}: {'.'.join(keys)}" for keys, _ in _walk(tree)}
-    if base is None:
-        return tree, origins
-    below = path.parent / str(base)
-    if not below.is_file():
-        raise InputError(f"{label}: base: {_label(below)}: no such file")
-    base_tree, base_origins = _read(below, above=(*above, path.resolve()))
-    base_tree.pop("name", None)  # or two recipes would share a run folder
-    return _merged(base_tree, tree), base_origins | origins
+    under: Draft = ({}, {})
+    for one in base if isinstance(base, list) else [] if base is None else [base]:
+        below = path.parent / str(one)
+        if not below.is_file():
+            raise InputError(f"{label}: base: {_label(below)}: no such file")
+        base_tree, base_origins = _read(below, above=(*above, path.resolve()))
+        base_tree.pop("name", None)  # or two recipes would share a run folder
+        under = _merged(under[0], base_tree), under[1] | base_origins
+    return _merged(under[0], tree), under[1] | origins
 
 
 def _label(path: Path) -> str:

@@ -315,6 +315,16 @@ def test_mistake_in_a_base_is_named_by_the_base():
     ]
 
 
+def test_of_several_bases_the_later_goes_over_the_earlier():
+    write("a.yaml", DISTILL)
+    write("b.yaml", "name: b\nmodel: {size: L14, drop_path: 0.1}\noptim: {epochs: 3}\n")
+    recipe = load_recipe(write("r.yaml", "base: [a.yaml, b.yaml]\nmodel: {size: B14}\n"))
+    alone = load_recipe("a.yaml")
+    assert (recipe.name, recipe.model.size, recipe.model.drop_path) == ("r", "B14", 0.1)
+    assert (recipe.optim.epochs, recipe.optim.lr) == (3, alone.optim.lr)
+    assert mistakes("base: [a.yaml, none.yaml]\n") == ["r.yaml: base: none.yaml: no such file"]
+
+
 def test_bases_that_lead_nowhere_are_refused():
     assert mistakes("base: none.yaml\n") == ["r.yaml: base: none.yaml: no such file"]
     write("a.yaml", "base: r.yaml\n")
