@@ -104,16 +104,20 @@ def visible_tokens(mask: Tensor) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """Holds the 3-D convolution's parameters; patches arrive already cut."""
+    """Holds the 3-D convolution's parameters; patches arrive already cut.
+
+    uint8 patches are normalised with `mean` and `std`, ImageNet's where nobody sets others.
+    """
 
     def __init__(self, width: int, *, tubelet: int) -> None:
         super().__init__()
+        self.mean, self.std = IMAGENET_MEAN, IMAGENET_STD
         self.proj = nn.Conv3d(3, width, (tubelet, PATCH, PATCH), stride=(tubelet, PATCH, PATCH))
 
     def forward(self, patches: Tensor) -> Tensor:
         weight, bias = self.proj.weight.flatten(1), self.proj.bias
         if patches.dtype == torch.uint8:
-            return patch_embed(patches, weight, bias, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+            return patch_embed(patches, weight, bias, mean=self.mean, std=self.std)
         return F.linear(patches.to(weight.dtype), weight, bias)
 
 
@@ -262,6 +266,7 @@ class VideoViT(nn.Module):
         self.frames, self.image_size = frames, image_size
         self.checkpoint_blocks = checkpoint_blocks
         self.grid = (frames // tubelet, image_size // PATCH, image_size // PATCH)
+        self.table_grid = self.grid  # what the position tables are of
         self.drop_path_rates = tuple(
             drop_path * index / max(size.depth - 1, 1) for index in range(size.depth)
         )
@@ -279,10 +284,10 @@ class VideoViT(nn.Module):
 
     def _add_positions(self, prefix: str) -> None:
         if self.positions == "joint":
-            table = sincos_table(self.size.width, self.grid)
+            table = sincos_table(self.size.width, self.table_grid)
             self.register_parameter(f"{prefix}pos_embed", nn.Parameter(table))
             return
-        for name, table in separable_tables(self.size.width, self.grid).items():
+        for name, table in separable_tables(self.size.width, self.table_grid).items():
             self.register_parameter(f"{prefix}pos_embed_{name}", nn.Parameter(table))
 
     def position_table(self, prefix: str = "") -> Tensor:
@@ -334,11 +339,11 @@ class VideoViT(nn.Module):
         here when training without them); returns the last hidden state [B,M,D] and the hidden
         states after the blocks in `collect`, by ascending depth.
         """
-        visible = self.num_patches if tokens is None else tokens.shape[1]
+        table = self.position_table()
+        visible = table.shape[1] - 1 if tokens is None else tokens.shape[1]
         values = 3 * self.tubelet * PATCH * PATCH
         if tuple(patches.shape[1:]) != (visible, values):
             raise ValueError(f"expected patches [B,{visible},{values}], got {list(patches.shape)}")
-        table = self.position_table()
         positions = table[:, 1:] if tokens is None else take_rows(table[:, 1:], tokens.long())
         x = self.patch_embed(patches) + positions  # [B,M-1,D]
         cls = (self.cls_token + table[:, :1]).expand(x.shape[0], -1, -1)

@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal, get_args
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.students.resize import (
     inflate_kernel,
@@ -112,28 +112,54 @@ def load_weights(
     resized = _fit_tables(state, model, steps, file)
 
     reset = ("head.",) if head == "reset" and "head.weight" in wanted else ()
-    incoming = {
-        name: value
-        for name, value in state.items()
-        if name in wanted and not name.startswith(reset)
-    }
-    _check_shapes(incoming, wanted, model, file)
+    return copy_weights(
+        model,
+        {name: value for name, value in state.items() if not name.startswith(reset)},
+        file,
+        resized=resized,
+        mapped=mapped,
+        allow_missing=(*_new_heads(state, reset), *allow_missing),
+        allow_unused=(*_idle_parts(wanted), *allow_unused),
+        unused=(*(name for name in state if name.startswith(reset)), *others),
+    )
+
+
+def copy_weights(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    file: Path,
+    *,
+    resized: Mapping[str, str] | None = None,
+    mapped: Mapping[str, str] | None = None,
+    allow_missing: Sequence[str] = (),
+    allow_unused: Sequence[str] = (),
+    unused: tuple[str, ...] = (),
+) -> LoadReport:
+    """Copy a state dict that fits into a model, or nothing of it; the end of every loading.
+
+    `resized` and `mapped` say what was done to which of its tensors, and `unused` are those of
+    the file that are not in it. Raises WeightsError that names every tensor of another shape,
+    and those missing or left over that no prefix of `allow_missing` or `allow_unused` explains.
+    """
+    wanted = model.state_dict()
+    incoming = {name: value for name, value in state.items() if name in wanted}
+    _check_shapes(incoming, wanted, file)
     missing = tuple(name for name in wanted if name not in incoming)
-    unused = tuple(name for name in state if name not in incoming)
+    left_over = tuple(name for name in state if name not in incoming)
     _check_names(
         file,
-        missing=_unexplained(missing, (*_new_heads(state, reset), *allow_missing)),
-        unused=_unexplained(unused, (*_idle_parts(wanted), *reset, *allow_unused)),
+        missing=_unexplained(missing, tuple(allow_missing)),
+        unused=_unexplained(left_over, tuple(allow_unused)),
     )
     model.load_state_dict(incoming, strict=False)
-    details = mapped | resized
+    details = {**(mapped or {}), **(resized or {})}
     return LoadReport(
         path=str(file),
         taken=tuple(name for name in wanted if name in incoming and name not in details),
-        resized=tuple(resized),
-        mapped=tuple(mapped),
+        resized=tuple(resized or {}),
+        mapped=tuple(mapped or {}),
         left_at_init=missing,
-        unused=unused + others,
+        unused=left_over + unused,
         details=details,
     )
 
@@ -150,6 +176,9 @@ def k710_rows(target: Literal["k600", "k700"]) -> list[int]:
 def _fit_kernel(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, str]:
     tubelet = wanted[KERNEL].shape[2]
     kernel = state.get(KERNEL)
+    if kernel is not None and kernel.ndim == 4:  # of images
+        state[KERNEL] = inflate_kernel(kernel[:, :, None], tubelet=tubelet)
+        return {KERNEL: f"image -> tubelet {tubelet}"}
     if kernel is None or kernel.ndim != 5 or kernel.shape[2] != 1 or tubelet == 1:
         return {}
     state[KERNEL] = inflate_kernel(kernel, tubelet=tubelet)
@@ -211,7 +240,7 @@ def _time_steps(
 def _fit_tables(
     state: dict[str, Tensor], model: VideoViT, steps: int | None, file: Path
 ) -> dict[str, str]:
-    t, side, _ = model.grid
+    t, side, _ = model.table_grid
     details = {}
     for name, own in model.named_parameters():
         table = state.get(name)
@@ -246,7 +275,7 @@ def _table_grid(rows: int, model: VideoViT, steps: int | None, where: str) -> tu
             f"{where} has {rows} patch positions, which are not {steps} square grids; check the "
             "checkpoint's number of frames"
         )
-    found = readings(rows, to=model.grid[:2])
+    found = readings(rows, to=model.table_grid[:2])
     if len(found) == 1:
         return found[0]
     fits = " or ".join(map(_times, found)) or "neither of the model's image size nor its frames"
@@ -280,9 +309,7 @@ def _unexplained(names: tuple[str, ...], prefixes: tuple[str, ...]) -> list[str]
     return [name for name in names if not name.startswith(prefixes)]
 
 
-def _check_shapes(
-    incoming: dict[str, Tensor], wanted: dict[str, Tensor], model: VideoViT, file: Path
-) -> None:
+def _check_shapes(incoming: dict[str, Tensor], wanted: dict[str, Tensor], file: Path) -> None:
     wrong = [name for name, value in incoming.items() if value.shape != wanted[name].shape]
     if not wrong:
         return
@@ -297,7 +324,7 @@ def _check_shapes(
 
 def _size_name(state: dict[str, Tensor]) -> str:
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    width = state["cls_token"].shape[-1] if "cls_token" in state else 0
+    width = state[KERNEL].shape[0] if KERNEL in state else 0
     names = (n for n, s in SIZES.items() if (s.width, s.depth) == (width, depth))
     return next(names, f"{width} wide and {depth} deep")
 

@@ -82,8 +82,13 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return read_checkpoint(weights_file(path))[0]
 
 
-def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], tuple[str, ...], dict[str, str]]:
-    """As `read_weights`, with the names outside the vision encoder and a safetensors' metadata."""
+def read_checkpoint(
+    file: Path, *, part: str = VISION_PREFIX
+) -> tuple[dict[str, Tensor], tuple[str, ...], dict[str, str]]:
+    """As `read_weights`, with the names outside the wanted part and a safetensors' metadata.
+
+    Where any name begins with `part`, the tensors of those alone are returned, without it.
+    """
     metadata = {}
     if file.suffix == ".safetensors":
         try:
@@ -99,14 +104,12 @@ def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], tuple[str, ...], dic
         raise WeightsError(
             f"{file}: expected a state dict, bare or under {' or '.join(WRAPPERS)}, found {names}"
         )
-    if any(name.startswith(VISION_PREFIX) for name in state):
-        others = tuple(name for name in state if not name.startswith(VISION_PREFIX))
-        vision = {
-            name.removeprefix(VISION_PREFIX): value
-            for name, value in state.items()
-            if name.startswith(VISION_PREFIX)
+    if any(name.startswith(part) for name in state):
+        others = tuple(name for name in state if not name.startswith(part))
+        wanted = {
+            name.removeprefix(part): value for name, value in state.items() if name.startswith(part)
         }
-        return vision, others, metadata
+        return wanted, others, metadata
     for prefix in PREFIXES:
         state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state, (), metadata

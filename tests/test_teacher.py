@@ -4,7 +4,7 @@ from fill import TOLERANCE, clip, fill, golden, golden_keys, keys_of
 
 from distill.students import SIZES, ViTSize, create_classifier
 from distill.students.warmstart import WeightsError
-from distill.teachers import create_teacher, internvideo2, return_layers
+from distill.teachers import create_teacher, frozen, return_layers
 
 TINY = ViTSize(176, 5, 2, 48 / 11, 48)
 SETTINGS = {"frames": 4, "image_size": 56, "num_layers": 3, "interval": 1.34, "activation": "gelu"}
@@ -174,7 +174,7 @@ def test_published_teachers_are_known_by_name(name, size):
 def test_unknown_names_are_refused_with_the_choices():
     with pytest.raises(ValueError, match="unknown teacher 'internvideo2_2B'; choose one of intern"):
         create_teacher("internvideo2_2B", random=True)
-    with pytest.raises(ValueError, match="unknown model size '2B'; choose one of S14"):
+    with pytest.raises(ValueError, match="unknown teacher '2B'; choose one of internvideo2_1B"):
         create_teacher("2B", random=True)
 
 
@@ -199,21 +199,21 @@ def test_timed_attention_names_backends_that_work_fastest_first(monkeypatch):
         call()
         return next(seconds)
 
-    monkeypatch.setattr(internvideo2, "_median_seconds", measured)
+    monkeypatch.setattr(frozen, "_median_seconds", measured)
     settings = {"dtype": torch.float32, "device": torch.device("cpu")}
-    plain = internvideo2.ATTENTION["math"]
-    monkeypatch.setattr(internvideo2, "ATTENTION", {**internvideo2.ATTENTION, "plain": plain})
-    times = internvideo2.time_attention((1, 2, 65, 88), **settings)
+    plain = frozen.ATTENTION["math"]
+    monkeypatch.setattr(frozen, "ATTENTION", {**frozen.ATTENTION, "plain": plain})
+    times = frozen.time_attention((1, 2, 65, 88), **settings)
     assert list(times.items()) == [("plain", 2.0), ("flash", 3.0)]
-    monkeypatch.setattr(internvideo2, "ATTENTION", {"math": plain})
-    assert internvideo2.time_attention((1, 2, 65, 88), **settings) == {"math": 1.0}
+    monkeypatch.setattr(frozen, "ATTENTION", {"math": plain})
+    assert frozen.time_attention((1, 2, 65, 88), **settings) == {"math": 1.0}
 
 
 @pytest.mark.parametrize("name", ["math", "flash"])
 def test_features_are_the_references_with_every_attention(name):
     teacher = fill(make_teacher())
     stock = teacher(clip(2, teacher.frames, teacher.image_size))
-    teacher.attention_order = [internvideo2.ATTENTION[name], internvideo2.ATTENTION["math"]]
+    teacher.attention_order = [frozen.ATTENTION[name], frozen.ATTENTION["math"]]
     chosen = teacher(clip(2, teacher.frames, teacher.image_size))
     torch.testing.assert_close(chosen.middle, stock.middle, **TOLERANCE)
     torch.testing.assert_close(chosen.attention, stock.attention, **TOLERANCE)
@@ -221,6 +221,6 @@ def test_features_are_the_references_with_every_attention(name):
 
 def test_the_chosen_attention_is_the_one_that_runs():
     teacher = make_teacher()
-    teacher.attention_order = [internvideo2.ATTENTION["cudnn"]]  # which a CPU does not have
+    teacher.attention_order = [frozen.ATTENTION["cudnn"]]  # which a CPU does not have
     with pytest.raises(RuntimeError, match="No viable backend for scaled_dot_product_attention"):
         teacher(clip(1, teacher.frames, teacher.image_size))
