@@ -130,8 +130,9 @@ def open_cache(recipe: schema.Recipe) -> Cache:
 def with_weights(model: VideoViT, recipe: schema.Recipe) -> VideoViT:
     """The model with the recipe's starting weights, if it names any."""
     if recipe.model.weights is not None:
-        for line in load_recipe_weights(model, recipe.model.weights).lines():
-            logger.info("%s", line)
+        for report in load_recipe_weights(model, recipe.model.weights):
+            for line in report.lines():
+                logger.info("%s", line)
     return model
 
 
@@ -167,4 +168,7 @@ def describe_model(recipe: schema.Recipe) -> dict[str, str]:
     }
     if isinstance(recipe.objective, schema.Classify):
         described["num_classes"] = str(recipe.objective.num_classes)
+        if recipe.objective.probe is not None:
+            described["probe"] = recipe.objective.probe
+            described["probe_norm"] = recipe.objective.probe_norm
     return described

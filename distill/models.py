@@ -8,7 +8,13 @@ from distill import recipe as schema
 from distill.errors import InputError
 from distill.students import DistillStudent, VideoClassifier, create_classifier, create_student
 from distill.students.vit import VideoViT, resolve_size
-from distill.students.warmstart import LoadReport, WeightsError, file_sha256, load_weights
+from distill.students.warmstart import (
+    LoadReport,
+    WeightsError,
+    file_sha256,
+    load_vision_encoder,
+    load_weights,
+)
 from distill.teachers import Teacher, create_teacher
 
 
@@ -38,6 +44,8 @@ def build_classifier(recipe: schema.Recipe) -> VideoClassifier:
     return create_classifier(
         **_backbone(recipe),
         num_classes=recipe.objective.num_classes,
+        probe=recipe.objective.probe,
+        probe_norm=recipe.objective.probe_norm,
         fc_drop=recipe.objective.fc_drop,
         tubelet=recipe.model.tubelet,
     )
@@ -95,20 +103,31 @@ def build_teacher(recipe: schema.Recipe) -> Teacher:
         )
 
 
-def load_recipe_weights(model: VideoViT, weights: schema.Weights) -> LoadReport:
-    """Load a recipe's `weights` section into a model; raises WeightsError with one line."""
+def load_recipe_weights(model: VideoViT, weights: schema.Weights) -> list[LoadReport]:
+    """Load a recipe's `weights` section into a model; raises WeightsError with one line.
+
+    Returns a report for each file: that of `extra` comes second.
+    """
+    extra = weights.extra
     check_sha256(weights)
-    return load_weights(
-        model,
-        weights.checkpoint,
-        frames=weights.frames,
-        head=weights.head,
-        allow_missing=weights.allow_missing,
-        allow_unused=weights.allow_unused,
-    )
+    if extra is not None:
+        check_sha256(extra)
+    reports = [
+        load_weights(
+            model,
+            weights.checkpoint,
+            frames=weights.frames,
+            head=weights.head,
+            allow_missing=weights.allow_missing,
+            allow_unused=weights.allow_unused,
+        )
+    ]
+    if extra is not None:
+        reports.append(load_vision_encoder(model, extra.checkpoint, frames=extra.frames))
+    return reports
 
 
-def check_sha256(weights: schema.Weights) -> None:
+def check_sha256(weights: schema.Checkpoint) -> None:
     """Raise WeightsError when the file is not the one that the recipe names."""
     if weights.sha256 is not None:
         found = file_sha256(weights.checkpoint)

@@ -5,6 +5,7 @@ from the clips' ids, so that neither the order of a batch nor its neighbours cha
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +98,18 @@ class DistillObjective(nn.Module):
         return alignment([raw], weight, bias, target, upstream=self.pooled_weight)[0]
 
 
+@torch.no_grad()
+def frozen_features(
+    model: VideoClassifier, clip: Tensor, *, trainable: Literal["pool", "head"]
+) -> dict[str, Tensor]:
+    """What a probe is trained on: the last block's tokens, or only what the layers above take.
+
+    Nothing of the frozen part is kept for a backward.
+    """
+    features = model.hidden(clip)
+    return features if trainable == "pool" else model.summary(features["hidden"])
+
+
 class ClassifyObjective(nn.Module):
     """Cross-entropy with label smoothing; freezes what the recipe does not train."""
 
@@ -105,6 +118,7 @@ class ClassifyObjective(nn.Module):
         self.model = model
         self.seed = seed
         self.label_smoothing = section.label_smoothing
+        self.trainable = section.trainable
         frozen = {"all": (), "pool": BACKBONE, "head": BACKBONE + POOL}[section.trainable]
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not name.startswith(frozen))
@@ -112,10 +126,16 @@ class ClassifyObjective(nn.Module):
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """`loss` and `top1` (percent) of clip_id [B], pixels [B,3,T,H,W], label [B] and epoch.
 
-        Accumulates in float32.
+        Of a probe, `features` may be there in place of pixels. Accumulates in float32.
         """
-        keep = draw_keep(self.model, batch["clip_id"], seed=self.seed, epoch=batch["epoch"])
-        logits = self.model(batch["pixels"], keep=keep).float()  # [B,V]
+        if self.trainable == "all":
+            keep = draw_keep(self.model, batch["clip_id"], seed=self.seed, epoch=batch["epoch"])
+            logits = self.model(batch["pixels"], keep=keep).float()  # [B,V]
+        else:
+            features = batch.get("features")
+            if features is None:
+                features = frozen_features(self.model, batch["pixels"], trainable=self.trainable)
+            logits = self.model(features=features).float()  # [B,V]
         loss = F.cross_entropy(logits, batch["label"], label_smoothing=self.label_smoothing)
         top1 = 100 * (logits.detach().argmax(dim=1) == batch["label"]).float().mean()
         return {"loss": loss, "top1": top1}

@@ -234,10 +234,13 @@ class Mixing(Section):
 
 
 class Features(Section):
-    """Where a frozen backbone's features of the training views are kept, once for all probes."""
+    """Where what a frozen backbone makes of all views is kept, once for all probes."""
 
     folder: str
     views: PositiveInt = Field(1, description="of each clip; epoch e learns from view e mod views")
+    seed: int = Field(0, description="of the training views; runs of any seed learn from them")
+    batch_size: PositiveInt = Field(16, description="clips in a backbone forward while building")
+    shard_mb: PositiveInt = 512
 
 
 class Sweep(Section):

@@ -10,7 +10,16 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ValidationError
 
 from distill.cache.store import open_folder
-from distill.recipe import ClipList, Distill, Recipe, Run, Section, Weights, vit_size
+from distill.probe_check import probe_errors
+from distill.recipe import (
+    Checkpoint,
+    ClipList,
+    Distill,
+    Recipe,
+    Run,
+    Section,
+    vit_size,
+)
 from distill.students.vit import PATCH, ViTSize, resolve_size
 from distill.teachers import return_layers
 
@@ -224,7 +233,10 @@ def _contradictions(recipe: Recipe, earlier: Collection[str] | None) -> Iterator
         if getattr(optim, name) > optim.lr:
             yield ("optim", name), f"must be at most optim.lr, {optim.lr:g}"
     for keys, weights in _weights(recipe):
-        yield from _stage_errors((*keys, "checkpoint"), weights.checkpoint, earlier)
+        if keys[-1] == "extra" and weights.checkpoint.startswith(STAGE):
+            yield (*keys, "checkpoint"), "must be a file; stages have no vision encoder to take"
+        else:
+            yield from _stage_errors((*keys, "checkpoint"), weights.checkpoint, earlier)
     sizes = {}
     own_sizes = [(("model", "size"), model.size)]
     if isinstance(recipe.objective, Distill):
@@ -236,8 +248,12 @@ def _contradictions(recipe: Recipe, earlier: Collection[str] | None) -> Iterator
             yield keys, str(error)
     if isinstance(recipe.objective, Distill):
         yield from _distill_errors(recipe.objective, **sizes)
+        if recipe.objective.teacher.weights and recipe.objective.teacher.weights.extra:
+            yield ("objective", "teacher", "weights", "extra"), "is for model.weights alone"
         if model.tubelet != 1:
             yield ("model", "tubelet"), "must be 1, as a teacher's targets are a patch each"
+    else:
+        yield from probe_errors(recipe, recipe.objective)
 
 
 def _distill_errors(
@@ -285,9 +301,11 @@ def _stage_errors(
         yield keys, f"no stage {name!r} comes before this one{nearest(name, earlier)}"
 
 
-def _weights(recipe: Recipe) -> Iterator[tuple[Keys, Weights]]:
+def _weights(recipe: Recipe) -> Iterator[tuple[Keys, Checkpoint]]:
     if recipe.model.weights is not None:
         yield ("model", "weights"), recipe.model.weights
+        if recipe.model.weights.extra is not None:
+            yield ("model", "weights", "extra"), recipe.model.weights.extra
     if isinstance(recipe.objective, Distill) and recipe.objective.teacher.weights is not None:
         yield ("objective", "teacher", "weights"), recipe.objective.teacher.weights
 

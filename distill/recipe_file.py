@@ -37,7 +37,7 @@ PLAIN_NAME = re.compile(r"[\w-]+")
 HARMLESS = re.compile(
     r"name|run\.(folder|save_minutes|keep_checkpoints|log_steps)|data\.(workers|"
     r"decode_timeout_seconds)|data\.(train|val|test)\.(prefix|num_clips)|.*\.source|"
-    r"objective\.cache\.(folder|shard_mb|shard_minutes)"
+    r"objective\.(cache|features)\.(folder|shard_mb|shard_minutes)"
 )
 
 

@@ -22,7 +22,7 @@ ProbeNorm = Literal["LN", "BN", "kaiming_BN"]
 
 # Upstream's linear probes (models/internvideo2_cat.py): is the mean over patches taken per frame,
 # and does the pooled vector join what the head sees?
-_MERGES = {
+MERGES = {
     "cls_avg1": (False, False),
     "cls_avgN": (True, False),
     "cls_avg1_proj": (False, True),
@@ -66,8 +66,8 @@ class VideoClassifier(VideoViT):
             mlp = MLP(pooled, hidden=4 * pooled, activation="gelu")
             self.extra_mlp = nn.Sequential(nn.LayerNorm(pooled, eps=1e-5), mlp)
         self.fc_norm = nn.LayerNorm(pooled, eps=1e-5)
-        if probe in _MERGES:
-            per_frame, with_pooled = _MERGES[probe]
+        if probe in MERGES:
+            per_frame, with_pooled = MERGES[probe]
             merged = pooled if per_frame else size.width
             self.down_norm = _merge_norm(merged, kind=probe_norm)
             self.down = (
@@ -84,32 +84,58 @@ class VideoClassifier(VideoViT):
         if probe == "attentive_mlp":  # the identity at the start
             nn.init.zeros_(self.extra_mlp[1].fc2.weight)
 
-    def forward(self, clip: Tensor, *, keep: Tensor | None = None) -> Tensor:
-        """[B,3,T,H,W], uint8 or normalised floating point, to logits [B,V]."""
-        patches, _ = self.select_patches(clip, None)
-        h, _ = self.encode(patches, keep=keep)
-        return self.head(self.fc_dropout(self._features(h)))
+    def forward(
+        self,
+        clip: Tensor | None = None,
+        *,
+        keep: Tensor | None = None,
+        features: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Logits [B,V] of clips [B,3,T,H,W], uint8 or normalised floating point.
 
-    def _features(self, h: Tensor) -> Tensor:
-        """What the head sees of the hidden state [B,1+N,D]."""
-        if self.probe not in _MERGES:
-            pooled, _ = self.clip_projector(h)
+        `features` are what `hidden` or `summary` have made of the clips already.
+        """
+        if features is None:
+            features = self.hidden(clip, keep=keep)
+        if "hidden" in features:
+            features = self.summary(features["hidden"])
+        return self.head(self.fc_dropout(self._head_input(features)))
+
+    def hidden(self, clip: Tensor, *, keep: Tensor | None = None) -> dict[str, Tensor]:
+        """What the blocks make of clips: hidden [B,1+N,D]."""
+        patches, _ = self.select_patches(clip, None)
+        return {"hidden": self.encode(patches, keep=keep)[0]}
+
+    def summary(self, h: Tensor) -> dict[str, Tensor]:
+        """What the layers above the pool take of the hidden state [B,1+N,D].
+
+        The vector pooled [B,P]; for a merge tokens [B,1+t,D], the class token and the means, and
+        the pooled vector only where that joins them.
+        """
+        per_frame, with_pooled = MERGES.get(self.probe, (None, True))
+        summary = {}
+        if per_frame is not None:
+            steps = self.grid[0] if per_frame else 1
+            means = reduce(h[:, 1:], "b (t s) d -> b t d", "mean", t=steps)
+            summary["tokens"] = torch.cat([h[:, :1], means], dim=1)  # [B,1+t,D]
+        if with_pooled:
+            summary["pooled"], _ = self.clip_projector(h)
+        return summary
+
+    def _head_input(self, summary: dict[str, Tensor]) -> Tensor:
+        """What the head sees of a `summary`."""
+        pooled = summary.get("pooled")
+        if self.probe not in MERGES:
             if self.probe == "attentive_mlp":
                 pooled = pooled + self.extra_mlp(pooled)
             return self.fc_norm(pooled)
-        per_frame, with_pooled = _MERGES[self.probe]
-        steps = self.grid[0] if per_frame else 1
-        means = reduce(h[:, 1:], "b (t s) d -> b t d", "mean", t=steps)
-        merged = self.down(torch.cat([h[:, :1], means], dim=1))  # [B,1+t,D or P]
+        merged = self.down(summary["tokens"])  # [B,1+t,D or P]
         if self.probe_norm == "LN":
             merged = rearrange(self.down_norm(merged), "b t d -> b (t d)")
         else:  # upstream flattens channel by channel here: the heads are not interchangeable
             channels = rearrange(merged, "b t d -> b d t")
             merged = rearrange(self.down_norm(channels), "b d t -> b (d t)")
-        if not with_pooled:
-            return merged
-        pooled, _ = self.clip_projector(h)
-        return torch.cat([merged, self.fc_norm(pooled)], dim=1)
+        return merged if pooled is None else torch.cat([merged, self.fc_norm(pooled)], dim=1)
 
 
 def _merge_norm(width: int, *, kind: ProbeNorm) -> nn.Module:
@@ -145,9 +171,9 @@ def create_classifier(
     published probes without either are this model with its pool or head alone trained. Raises
     ValueError for an unknown name or settings that do not fit.
     """
-    if probe not in (None, "attentive_mlp", *_MERGES):
+    if probe not in (None, "attentive_mlp", *MERGES):
         raise ValueError(
-            f"unknown probe {probe!r}; choose one of attentive_mlp, {', '.join(_MERGES)}"
+            f"unknown probe {probe!r}; choose one of attentive_mlp, {', '.join(MERGES)}"
         )
     return VideoClassifier(
         resolve_size(size),

@@ -7,13 +7,14 @@ What is fitted and how follows the loaders of OpenGVLab/InternVideo2's single_mo
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal, get_args
 
 from torch import Tensor, nn
 
+from distill.students.classifier import MERGES, VideoClassifier
 from distill.students.resize import (
     inflate_kernel,
     readings,
@@ -37,6 +38,7 @@ __all__ = [
     "WeightsError",
     "file_sha256",
     "k710_rows",
+    "load_vision_encoder",
     "load_weights",
     "read_weights",
     "weights_file",
@@ -63,7 +65,7 @@ class LoadReport:
     """What became of every tensor of a file and of the model, by name.
 
     `taken` were copied as they are; `details` says from what to what the resized and the mapped
-    ones went.
+    ones went. What a file that `is_extra` does not hold stays as the first file has it.
     """
 
     path: str
@@ -73,6 +75,7 @@ class LoadReport:
     left_at_init: tuple[str, ...]
     unused: tuple[str, ...]
     details: Mapping[str, str]
+    is_extra: bool = False
 
     def lines(self) -> list[str]:
         """One line per outcome for the log; tensors that stayed behind grouped by module."""
@@ -80,7 +83,8 @@ class LoadReport:
         for word, names in (("resized", self.resized), ("mapped", self.mapped)):
             lines += [f"{word}: {name}, {self.details[name]}" for name in names]
         if self.left_at_init:
-            lines.append(f"left at init: {_grouped(self.left_at_init)}")
+            left = "left as they were" if self.is_extra else "left at init"
+            lines.append(f"{left}: {_grouped(self.left_at_init)}")
         if self.unused:
             lines.append(f"unused: {_grouped(self.unused)}")
         return lines
@@ -105,8 +109,46 @@ def load_weights(
     be left out. Raises WeightsError that names everything unexplained.
     """
     file = weights_file(path)
-    state, others, metadata = read_checkpoint(file)
+    return _copy(
+        model,
+        file,
+        read_checkpoint(file),
+        frames=frames,
+        head=head,
+        allow_missing=allow_missing,
+        allow_unused=allow_unused,
+    )
+
+
+def load_vision_encoder(
+    model: VideoViT, path: str | Path, *, frames: int | None = None
+) -> LoadReport:
+    """Copy the vision encoder of a multi-modality checkpoint over weights that are there already.
+
+    As upstream's --finetune_extra (run_linear_probing.py): what stands on the attention pool
+    stays as it is. Raises WeightsError, also for a file without `vision_encoder.` entries.
+    """
+    file = weights_file(path)
+    content = read_checkpoint(file, is_whole=False)
+    heads = CLASSIFIER_HEADS
+    report = _copy(model, file, content, frames=frames, head="reset", allow_missing=heads)
+    return replace(report, is_extra=True)
+
+
+def _copy(
+    model: VideoViT,
+    file: Path,
+    content: tuple[dict[str, Tensor], tuple[str, ...], dict[str, str]],
+    *,
+    frames: int | None,
+    head: HeadPolicy,
+    allow_missing: Sequence[str] = (),
+    allow_unused: Sequence[str] = (),
+) -> LoadReport:
+    """`load_weights` of what `read_checkpoint` gave."""
+    state, others, metadata = content
     wanted = model.state_dict()
+    _check_probe(model, metadata, head, file)
     steps = _time_steps(state, frames, metadata, file)
     mapped = _fit_kernel(state, wanted) | _fit_head(state, wanted, head, file)
     resized = _fit_tables(state, model, steps, file)
@@ -171,6 +213,25 @@ def k710_rows(target: Literal["k600", "k700"]) -> list[int]:
     """
     text = files("distill.students").joinpath("k710_label_maps.json").read_text()
     return json.loads(text)[target]
+
+
+def _check_probe(model: VideoViT, metadata: dict[str, str], head: HeadPolicy, file: Path) -> None:
+    """Refuse the head of another probe, whose features may have the same number."""
+    if head == "reset" or "num_classes" not in metadata or not isinstance(model, VideoClassifier):
+        return
+    probe = metadata.get("probe")
+    norm = metadata.get("probe_norm") if probe in MERGES else None
+    own = (model.probe, model.probe_norm if model.probe in MERGES else None)
+    if (probe, norm) != own:
+        raise WeightsError(
+            f"{file}: its head is for probe {_probe_name(probe, norm)}, the model's for "
+            f"{_probe_name(*own)}; set objective.probe and probe_norm to the file's, or head to "
+            "reset"
+        )
+
+
+def _probe_name(probe: str | None, norm: str | None) -> str:
+    return f"{probe or 'none'}{f' with {norm}' if norm else ''}"
 
 
 def _fit_kernel(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, str]:

@@ -83,11 +83,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_checkpoint(
-    file: Path, *, part: str = VISION_PREFIX
+    file: Path, *, part: str = VISION_PREFIX, is_whole: bool = True
 ) -> tuple[dict[str, Tensor], tuple[str, ...], dict[str, str]]:
     """As `read_weights`, with the names outside the wanted part and a safetensors' metadata.
 
-    Where any name begins with `part`, the tensors of those alone are returned, without it.
+    Where any name begins with `part`, the tensors of those alone are returned, without it; a
+    file without any is taken as the part itself, or refused unless it may be so (`is_whole`).
     """
     metadata = {}
     if file.suffix == ".safetensors":
@@ -110,6 +111,12 @@ def read_checkpoint(
             name.removeprefix(part): value for name, value in state.items() if name.startswith(part)
         }
         return wanted, others, metadata
+    if not is_whole:
+        names = ", ".join(list(state)[:3])
+        raise WeightsError(
+            f"{file}: expected a multi-modality checkpoint with {part}* entries, found {names} "
+            "and the like; name it as model.weights.checkpoint instead"
+        )
     for prefix in PREFIXES:
         state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state, (), metadata
