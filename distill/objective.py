@@ -73,7 +73,7 @@ class DistillObjective(nn.Module):
         """
         student = self.student
         keep = draw_keep(student, batch["clip_id"], seed=self.seed, epoch=batch["epoch"])
-        states, pooled = student.decoder_inputs(
+        states, pooled, _ = student.decoder_inputs(
             patches=batch["patches"], tokens=batch["tokens"], keep=keep
         )
         layers = align_layers(

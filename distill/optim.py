@@ -1,6 +1,7 @@
 """Which parameters decay, which layer learns how fast, and the learning rate of each step."""
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ INPUTS = (*TABLES, "cls_token", "mask_token")
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     """Matrices decay; biases, gains, tokens and every position table do not."""
-    bare = name.removeprefix("clip_").removeprefix("mae_")
+    bare = re.sub(r"^[a-z0-9]+_(?=pos_embed)", "", name)  # of the projectors to any teacher
     return parameter.ndim > 1 and not name.endswith(".bias") and bare not in INPUTS
 
 

@@ -14,14 +14,18 @@ from torch import Tensor
 
 def resize_joint(table: Tensor, *, grid: tuple[int, int], to: tuple[int, int]) -> Tensor:
     """[1,1+t*s*s,D] from a `grid` (time steps, side) to another; row 0, the class's, stays."""
+    return torch.cat([table[:, :1].float(), resize_patches(table[:, 1:], grid=grid, to=to)], dim=1)
+
+
+def resize_patches(table: Tensor, *, grid: tuple[int, int], to: tuple[int, int]) -> Tensor:
+    """As `resize_joint`, of a table [1,t*s*s,D] without a class row."""
     (t0, s0), (t1, s1) = grid, to
-    patches = rearrange(table[:, 1:].float(), "1 (t s) d -> 1 t s d", t=t0)
+    patches = rearrange(table.float(), "1 (t s) d -> 1 t s d", t=t0)
     if t0 != t1:
         patches = _resize_time(patches, steps=t1)
     if s0 != s1:
         patches = _resize_space(patches, side=s1)
-    patches = rearrange(patches, "1 t s d -> 1 (t s) d")
-    return torch.cat([table[:, :1].float(), patches], dim=1)
+    return rearrange(patches, "1 t s d -> 1 (t s) d")
 
 
 def resize_spatial(table: Tensor, *, side: int) -> Tensor:

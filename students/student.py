@@ -1,4 +1,9 @@
-"""The distillation student: a backbone on visible tokens with projectors to the teacher."""
+"""The distillation student: a backbone on visible tokens with projectors to its teachers."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +19,40 @@ from distill.students.vit import (
     take_rows,
 )
 
+TAKEN = ("clip", "img")  # by the first teacher, and by the image tables of released files
+
+
+@dataclass(frozen=True)
+class ProjectorSet:
+    """Projectors to the middle layers of one more teacher, `width` wide.
+
+    `has_cls` says whether that teacher's rows begin with a class token's.
+    """
+
+    width: int
+    num_layers: int
+    decoder: str
+    has_cls: bool = False
+
+
+class DecoderInputs(NamedTuple):
+    """What the projectors take: K hidden states [B,M,D] and the pooled vector [B,P].
+
+    `others` are the hidden states for the further teachers by their name. Where a teacher has no
+    class token, they are [B,M-1,D].
+    """
+
+    states: list[Tensor]
+    pooled: Tensor
+    others: dict[str, list[Tensor]]
+
 
 class DistillStudent(VideoViT):
-    """Predicts the teacher's middle layers and pooled vector from the visible patches."""
+    """Predicts the teacher's middle layers and pooled vector from the visible patches.
+
+    Further teachers' middle layers are predicted by the projectors of `others`, a
+    `{name}_decoder` each, from the same blocks plus the positions of `{name}_pos_embed`.
+    """
 
     def __init__(
         self,
@@ -33,7 +69,10 @@ class DistillStudent(VideoViT):
         drop_path: float = 0.0,
         activation: Activation = "gelu_tanh",
         checkpoint_blocks: int = 0,
+        teacher_cls: bool = True,
+        others: Mapping[str, ProjectorSet] | None = None,
     ) -> None:
+        others = dict(others or {})
         super().__init__(
             size,
             frames=frames,
@@ -43,11 +82,17 @@ class DistillStudent(VideoViT):
             drop_path=drop_path,
             activation=activation,
             checkpoint_blocks=checkpoint_blocks,
-            extra_tables=("clip_",),
+            extra_tables={
+                "clip_": teacher_cls,
+                **{f"{name}_": projectors.has_cls for name, projectors in others.items()},
+            },
         )
-        if not 1 <= num_layers <= size.depth:
-            raise ValueError(f"num_layers must be 1 to {size.depth}, got {num_layers}")
-        self.return_layers = tuple(range(size.depth - num_layers, size.depth))
+        self.teacher_cls, self.num_layers, self.others = teacher_cls, num_layers, others
+        wanted = (num_layers, *(projectors.num_layers for projectors in others.values()))
+        for count in wanted:
+            if not 1 <= count <= size.depth:
+                raise ValueError(f"num_layers must be 1 to {size.depth}, got {count}")
+        self.return_layers = tuple(range(size.depth - max(wanted), size.depth))
         self.clip_decoder = nn.ModuleList(
             Decoder(size.width, teacher_width, kind=decoder) for _ in range(num_layers)
         )
@@ -56,6 +101,12 @@ class DistillStudent(VideoViT):
             if teacher_pooled
             else nn.Identity()
         )
+        for name, projectors in others.items():
+            decoders = (
+                Decoder(size.width, projectors.width, kind=projectors.decoder)
+                for _ in range(projectors.num_layers)
+            )
+            self.add_module(f"{name}_decoder", nn.ModuleList(decoders))
         self.init_weights()
 
     def decoder_inputs(
@@ -66,8 +117,8 @@ class DistillStudent(VideoViT):
         patches: Tensor | None = None,
         tokens: Tensor | None = None,
         keep: Tensor | None = None,
-    ) -> tuple[list[Tensor], Tensor]:
-        """Hidden states [B,M,D] of the K last blocks plus positions, and the pooled vector [B,P].
+    ) -> DecoderInputs:
+        """Hidden states of the last blocks plus each teacher's positions, and the pooled vector.
 
         Takes either a clip [B,3,T,H,W] with a mask [B,1+N] (True = dropped), or what a cache
         record holds: patches [B,M-1,U] and tokens [B,M-1].
@@ -79,14 +130,30 @@ class DistillStudent(VideoViT):
         if from_clip:
             patches, tokens = self.select_patches(clip, mask)
         h, collected = self.encode(patches, tokens, collect=self.return_layers, keep=keep)
-        table = self.position_table("clip_")
-        if tokens is None:
-            positions = table
-        else:
-            cls = torch.zeros_like(tokens[:, :1])
-            positions = take_rows(table, torch.cat([cls, tokens + 1], dim=1).long())
         pooled, _ = self.clip_projector(h)
-        return [state + positions for state in collected], pooled
+        states = self._placed(
+            collected[-self.num_layers :], tokens, prefix="clip_", has_cls=self.teacher_cls
+        )
+        others = {
+            name: self._placed(
+                collected[-projectors.num_layers :],
+                tokens,
+                prefix=f"{name}_",
+                has_cls=projectors.has_cls,
+            )
+            for name, projectors in self.others.items()
+        }
+        return DecoderInputs(states, pooled, others)
+
+    def _placed(
+        self, states: list[Tensor], tokens: Tensor | None, *, prefix: str, has_cls: bool
+    ) -> list[Tensor]:
+        """States [B,M,D] plus the positions of a table, the class row left out without one."""
+        positions = self.position_table(prefix)
+        if tokens is not None:
+            index = F.pad(tokens.long() + 1, (1, 0)) if has_cls else tokens.long()
+            positions = take_rows(positions, index)
+        return [(state if has_cls else state[:, 1:]) + positions for state in states]
 
     def forward(
         self,
@@ -96,12 +163,25 @@ class DistillStudent(VideoViT):
         patches: Tensor | None = None,
         tokens: Tensor | None = None,
         keep: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Returns middle [K,B,M,E] and pooled [B,P], both of unit length on the last axis."""
-        states, pooled = self.decoder_inputs(clip, mask, patches=patches, tokens=tokens, keep=keep)
-        middle = [decode(state) for decode, state in zip(self.clip_decoder, states, strict=True)]
-        pooled = self.final_clip_decoder(pooled)
-        return torch.stack(middle), F.normalize(pooled.float(), dim=-1)
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Returns middle [K,B,M,E] and pooled [B,P], both of unit length on the last axis.
+
+        A student of further teachers returns their middle layers too, by name.
+        """
+        inputs = self.decoder_inputs(clip, mask, patches=patches, tokens=tokens, keep=keep)
+        middle = _project(self.clip_decoder, inputs.states)
+        pooled = F.normalize(self.final_clip_decoder(inputs.pooled).float(), dim=-1)
+        if not self.others:
+            return middle, pooled
+        others = {
+            name: _project(self.get_submodule(f"{name}_decoder"), states)
+            for name, states in inputs.others.items()
+        }
+        return middle, pooled, others
+
+
+def _project(decoders: nn.ModuleList, states: list[Tensor]) -> Tensor:
+    return torch.stack([decode(state) for decode, state in zip(decoders, states, strict=True)])
 
 
 def create_student(
@@ -118,13 +198,26 @@ def create_student(
     tubelet: int = 1,
     positions: Positions = "joint",
     checkpoint_blocks: int = 0,
+    teacher_cls: bool = True,
+    others: Mapping[str, ProjectorSet] | None = None,
 ) -> DistillStudent:
     """Build a student with fresh weights; `decoder` is "mlp" or "linear".
 
-    Raises ValueError for an unknown size or settings that do not divide.
+    `teacher_cls` says whether the teacher's rows begin with a class token's, and a
+    `teacher_pooled` of 0 that it has no pooled vector.
+    `others` are further teachers by a name of lower-case letters and digits; stage-1 pretraining
+    calls its second one "mae". Raises ValueError for an unknown size, settings that do not
+    divide, and names that are taken.
     """
-    if decoder not in ("mlp", "linear"):
-        raise ValueError(f"decoder must be 'mlp' or 'linear', got {decoder!r}")
+    for kind in (decoder, *(projectors.decoder for projectors in (others or {}).values())):
+        if kind not in ("mlp", "linear"):
+            raise ValueError(f"decoder must be 'mlp' or 'linear', got {kind!r}")
+    for name in others or {}:
+        if name in TAKEN or not re.fullmatch(r"[a-z][a-z0-9]*", name):
+            raise ValueError(
+                f"a further teacher's name must be lower-case letters and digits and none of "
+                f"{', '.join(TAKEN)}, got {name!r}"
+            )
     return DistillStudent(
         resolve_size(size),
         frames=frames,
@@ -138,4 +231,6 @@ def create_student(
         drop_path=drop_path,
         activation=activation,
         checkpoint_blocks=checkpoint_blocks,
+        teacher_cls=teacher_cls,
+        others=others,
     )

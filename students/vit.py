@@ -5,7 +5,7 @@ Architecture and state-dict keys follow InternVideo2's single-modality models
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -233,7 +233,8 @@ class VideoViT(nn.Module):
     """Backbone: patch embedding, class token, positions, blocks and the attention pool.
 
     A uint8 clip or uint8 patches are normalised inside with ImageNet statistics; floating
-    point input is taken as already normalised.
+    point input is taken as already normalised. `extra_tables` are further position tables by
+    their prefix, and whether they have a class row.
     """
 
     def __init__(
@@ -247,7 +248,7 @@ class VideoViT(nn.Module):
         drop_path: float = 0.0,
         activation: Activation = "gelu_tanh",
         checkpoint_blocks: int = 0,
-        extra_tables: tuple[str, ...] = (),
+        extra_tables: Mapping[str, bool] | None = None,
     ) -> None:
         super().__init__()
         if frames % tubelet or image_size % PATCH:
@@ -272,8 +273,8 @@ class VideoViT(nn.Module):
         )
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, size.width))
-        for prefix in ("", *extra_tables):
-            self._add_positions(prefix)
+        for prefix, has_cls in {"": True, **(extra_tables or {})}.items():
+            self._add_positions(prefix, has_cls=has_cls)
         self.patch_embed = PatchEmbed(size.width, tubelet=tubelet)
         self.blocks = nn.ModuleList(Block(size, activation=activation) for _ in range(size.depth))
         self.clip_projector = AttentionPool(size.width, size.pooled_width)
@@ -282,22 +283,28 @@ class VideoViT(nn.Module):
     def num_patches(self) -> int:
         return math.prod(self.grid)
 
-    def _add_positions(self, prefix: str) -> None:
+    def _add_positions(self, prefix: str, *, has_cls: bool) -> None:
         if self.positions == "joint":
             table = sincos_table(self.size.width, self.table_grid)
+            table = table if has_cls else table[:, 1:].clone()
             self.register_parameter(f"{prefix}pos_embed", nn.Parameter(table))
             return
         for name, table in separable_tables(self.size.width, self.table_grid).items():
-            self.register_parameter(f"{prefix}pos_embed_{name}", nn.Parameter(table))
+            if has_cls or name != "cls":
+                self.register_parameter(f"{prefix}pos_embed_{name}", nn.Parameter(table))
 
     def position_table(self, prefix: str = "") -> Tensor:
-        """The [1,1+N,D] table, put together from its parts when they are separable."""
+        """The [1,1+N,D] table, put together from its parts when they are separable.
+
+        One without a class row is [1,N,D].
+        """
         if self.positions == "joint":
             return self.get_parameter(f"{prefix}pos_embed")
         spatial = self.get_parameter(f"{prefix}pos_embed_spatial")
         temporal = self.get_parameter(f"{prefix}pos_embed_temporal")
         patches = rearrange(temporal[:, :, None] + spatial[:, None], "1 t s d -> 1 (t s) d")
-        return torch.cat([self.get_parameter(f"{prefix}pos_embed_cls"), patches], dim=1)
+        cls = dict(self.named_parameters(recurse=False)).get(f"{prefix}pos_embed_cls")
+        return patches if cls is None else torch.cat([cls, patches], dim=1)
 
     def init_weights(self) -> None:
         """Draw every weight as upstream does (normal 0.02, residual outputs divided by depth).

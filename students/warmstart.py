@@ -5,6 +5,8 @@ What is fitted and how follows the loaders of OpenGVLab/InternVideo2's single_mo
 """
 
 import json
+import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +21,7 @@ from distill.students.resize import (
     inflate_kernel,
     readings,
     resize_joint,
+    resize_patches,
     resize_spatial,
     resize_temporal,
     square_side,
@@ -50,13 +53,7 @@ KERNEL = "patch_embed.proj.weight"
 
 # What may stay behind without being named: it is clear what it is and that it has no use here.
 IMAGE_TABLES = ("img_pos_embed", "clip_img_pos_embed")
-PROJECTORS = (
-    "clip_pos_embed",
-    "mae_pos_embed",
-    "clip_decoder.",
-    "final_clip_decoder.",
-    "mae_decoder.",
-)
+PROJECTORS = re.compile(r"(final_)?[a-z0-9]+_decoder\.|[a-z0-9]+_pos_embed")  # to any teacher
 CLASSIFIER_HEADS = ("extra_mlp.", "fc_norm.", "down_norm.", "down.", "head.")
 
 
@@ -161,7 +158,7 @@ def _copy(
         resized=resized,
         mapped=mapped,
         allow_missing=(*_new_heads(state, reset), *allow_missing),
-        allow_unused=(*_idle_parts(wanted), *allow_unused),
+        allow_unused=(*_idle_parts(state, wanted), *allow_unused),
         unused=(*(name for name in state if name.startswith(reset)), *others),
     )
 
@@ -319,9 +316,11 @@ def _fit_tables(
                 state[name] = resize_spatial(table, side=side)
                 details[name] = f"{found}x{found} -> {side}x{side} patches"
         else:
-            grid = _table_grid(rows - 1, model, steps, f"{file}: {name}")
+            has_cls = own.shape[1] > math.prod(model.table_grid)
+            grid = _table_grid(rows - has_cls, model, steps, f"{file}: {name}")
             if grid != (t, side):
-                state[name] = resize_joint(table, grid=grid, to=(t, side))
+                resize = resize_joint if has_cls else resize_patches
+                state[name] = resize(table, grid=grid, to=(t, side))
                 details[name] = f"{_times(grid)} -> {_times((t, side))} patches"
     return details
 
@@ -357,13 +356,14 @@ def _new_heads(state: dict[str, Tensor], reset: tuple[str, ...]) -> tuple[str, .
     return (*reset, *absent)
 
 
-def _idle_parts(wanted: dict[str, Tensor]) -> tuple[str, ...]:
+def _idle_parts(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[str, ...]:
     """What of a file has no place in a model like this one."""
-    if any(name.startswith(PROJECTORS) for name in wanted):
+    if any(map(PROJECTORS.match, wanted)):
         return IMAGE_TABLES
+    projectors = tuple(filter(PROJECTORS.match, state))
     if "head.weight" in wanted:
-        return (*IMAGE_TABLES, *PROJECTORS)
-    return (*IMAGE_TABLES, *PROJECTORS, "fc_norm.", "head.")  # a classifier can teach
+        return (*IMAGE_TABLES, *projectors)
+    return (*IMAGE_TABLES, *projectors, "fc_norm.", "head.")  # a classifier can teach
 
 
 def _unexplained(names: tuple[str, ...], prefixes: tuple[str, ...]) -> list[str]:

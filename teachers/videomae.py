@@ -5,6 +5,7 @@ Facts from OpenGVLab/VideoMAEv2 (models/modeling_pretrain.py) and OpenGVLab/Inte
 tokens swapped; VideoMAEv2's own, which made the weights, is standard, and so is this.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from einops import rearrange
 from timm.models.beit import Block
 from torch import Tensor, nn
 
-from distill.students.resize import resize_joint
+from distill.students.resize import resize_patches
 from distill.students.vit import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -95,11 +96,8 @@ class VideoMAE(Teacher):
 
     def fill_buffers(self) -> None:
         """Compute what no checkpoint holds: the positions, and the zeros that timm adds to k."""
-        rows = sine_table(TABLE_GRID[0] * TABLE_GRID[1] * TABLE_GRID[2], self.size.width)
-        table = torch.cat([torch.zeros_like(rows[:, :1]), rows], dim=1)
-        if self.grid != TABLE_GRID:
-            table = resize_joint(table, grid=TABLE_GRID[:2], to=self.grid[:2])
-        self.positions.copy_(table[:, 1:])
+        table = sine_table(math.prod(TABLE_GRID), self.size.width)
+        self.positions.copy_(resize_patches(table, grid=TABLE_GRID[:2], to=self.grid[:2]))
         for block in self.blocks:
             block.attn.k_bias.zero_()
 

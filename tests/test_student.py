@@ -113,11 +113,11 @@ def test_the_last_six_blocks_are_distilled(size, layers):
 def test_each_decoder_gets_its_blocks_state_plus_positions():
     student = make_student(num_layers=2)
     x, mask = clip(2, 4, 56), visible_mask(2, 64, 13)
-    found, _ = student.decoder_inputs(x, mask)
+    found = student.decoder_inputs(x, mask).states
     patches = record(x, mask)
     _, states = student.encode(**patches, collect=(2, 3))
     table = student.clip_pos_embed.data = torch.randn(1, 65, 96)
-    found, _ = student.decoder_inputs(x, mask)
+    found = student.decoder_inputs(x, mask).states
     for state, collected in zip(found, states, strict=True):
         rows = torch.stack([table[0, ~mask[b]] for b in range(2)])
         torch.testing.assert_close(state, collected + rows)
