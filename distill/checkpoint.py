@@ -2,6 +2,7 @@
 
 <run folder>/checkpoints/step-00000120/model.safetensors       weights
                                        optimizer.safetensors   its state, by parameter name
+                                       model_ema.safetensors   averaged weights, if it has them
                                        state.json              position, random states, hashes
 """
 
@@ -23,18 +24,24 @@ from torch import Tensor
 from distill.errors import StateError
 
 LAYOUT = 1  # raised by hand when files written before can no longer be read
-TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
+WEIGHTS_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+EMA_FILE = "model_ema.safetensors"
 STATE_FILE = "state.json"
 _CHUNK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that a run needs to go on as if it had not stopped; `state` holds JSON values."""
+    """All that a run needs to go on as if it had not stopped; `state` holds JSON values.
+
+    `ema` are the averaged weights of a run that keeps them.
+    """
 
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict
+    ema: dict[str, Tensor] | None = None
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, metadata: Mapping[str, str]) -> Path:
@@ -53,7 +60,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, metadata: Mapping[s
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     hashes = {}
-    for name, tensors in zip(TENSOR_FILES, (checkpoint.weights, checkpoint.optimizer), strict=True):
+    files = {WEIGHTS_FILE: checkpoint.weights, OPTIMIZER_FILE: checkpoint.optimizer}
+    if checkpoint.ema is not None:
+        files[EMA_FILE] = checkpoint.ema
+    for name, tensors in files.items():
         write_tensors(partial / name, tensors, metadata=metadata)
         hashes[name] = _hash_file(partial / name)
     _write_state(partial, checkpoint.state, hashes)
@@ -70,8 +80,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
             raise _damaged(path / name, "is missing")
         if _hash_file(path / name) != expected:
             raise _damaged(path / name, "does not match the hash in state.json")
-    weights, optimizer = (safetensors.torch.load_file(path / name) for name in TENSOR_FILES)
-    return Checkpoint(weights, optimizer, record["state"])
+    files = {name: safetensors.torch.load_file(path / name) for name in record["hashes"]}
+    return Checkpoint(
+        files[WEIGHTS_FILE], files[OPTIMIZER_FILE], record["state"], files.get(EMA_FILE)
+    )
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -42,6 +42,11 @@ def uniform(clip_ids: "Tensor", *parts: int | str, count: int) -> "Tensor":
     return _shift(bits, 40).float() * 2.0**-24
 
 
+def view_ids(clip_ids: "Tensor", repeat: "Tensor") -> "Tensor":
+    """Ids int64 [B] for the draws of view `repeat` [B] of each clip: view 0 has the clip's own."""
+    return clip_ids ^ _mix(repeat.to(clip_ids.dtype))
+
+
 def gumbel(clip_ids: "Tensor", *parts: int | str, count: int) -> "Tensor":
     """Standard Gumbel draws [B,count] in float32, keyed as `uniform`."""
     draws = uniform(clip_ids, *parts, count=count).clamp(min=2.0**-25)  # keeps the logs finite

@@ -1,5 +1,6 @@
 """One optimiser step on one device, in plain torch. The training loop knows only this interface."""
 
+import copy
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from distill import draw, recipe
 from distill.errors import InputError, StateError
@@ -100,11 +102,25 @@ def split_batch(batch: Mapping, size: int | None) -> list[dict]:
     ]
 
 
+def average_weights(average: nn.Module, model: nn.Module, *, decay: float) -> None:
+    """Move `average` by 1 - `decay` of its way to `model`, buffers included; counts are copied.
+
+    Unlike torch's `AveragedModel`, it does not make the host wait for the device.
+    """
+    pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
+    real = [pair for pair in pairs if pair[0].is_floating_point()]
+    get_ema_multi_avg_fn(decay)(*map(list, zip(*real, strict=True)), None)
+    for ours, theirs in pairs:
+        if not ours.is_floating_point():
+            ours.copy_(theirs)
+
+
 class Engine:
     """Runs optimiser steps on `objective` and holds what they change.
 
     `model` is the part of the objective whose weights are trained and saved, and `prepare` turns
-    a batch as it was read into one that the objective takes.
+    a batch as it was read into one that the objective takes. With `optim.ema`, `ema_model` has the
+    average of the weights that every step leaves; it begins with those of the start.
     """
 
     def __init__(
@@ -134,6 +150,9 @@ class Engine:
             init_scale=LOSS_SCALE_START,
             growth_interval=LOSS_SCALE_WINDOW,
         )
+        self.ema_model: nn.Module | None = None
+        if optim.ema is not None:
+            self.ema_model = copy.deepcopy(model).requires_grad_(False).eval()
         # A factor of the loss: NaN from the first non-finite step on, so that no later one trains.
         self.poison = torch.ones((), device=device)
         self.unchecked: list[tuple[int, Tensor, Tensor, Tensor]] = []
@@ -185,6 +204,8 @@ class Engine:
             self.adamw.found_inf = self.poison.isnan().float()
             self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
+        if self.ema_model is not None:
+            average_weights(self.ema_model, self.model, decay=self.optim.ema)
 
     def check(self) -> None:
         """Raise StateError if a step since the last check was non-finite; waits for the device."""
@@ -204,6 +225,10 @@ class Engine:
         """The model's parameters and buffers by name."""
         return self.model.state_dict()
 
+    def ema_weights(self) -> dict[str, Tensor] | None:
+        """The averaged parameters and buffers by name, where the recipe asks for them."""
+        return None if self.ema_model is None else self.ema_model.state_dict()
+
     def optimizer_state(self) -> dict[str, Tensor]:
         """AdamW's moments and step counts, as `PARAMETER/exp_avg` and the like."""
         return {
@@ -221,9 +246,12 @@ class Engine:
         weights: Mapping[str, Tensor],
         optimizer: Mapping[str, Tensor],
         scaler: Mapping[str, float],
+        ema: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Take back what `weights`, `optimizer_state` and `scaler_state` gave."""
+        """Take back what `weights`, `optimizer_state`, `scaler_state` and `ema_weights` gave."""
         self.model.load_state_dict(weights)
+        if self.ema_model is not None:
+            self.ema_model.load_state_dict(ema)
         self.adamw.state.clear()
         for key, value in optimizer.items():
             name, field = key.rsplit("/", 1)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from distill.data.load import ClipBatches, Quarantine
 from distill.errors import StateError
 from distill.evaluate import labelled_clips
 from distill.mask import make_redraw
+from distill.mixing import augmented_inputs
 from distill.models import build_classifier, build_student, load_recipe_weights
 from distill.objective import ClassifyObjective, DistillObjective
 from distill.students.vit import VideoViT
@@ -86,6 +88,7 @@ def build_job(
         views_per_clip=cache.views if cache else None,
         quarantine=quarantine,
         views_seed=views_seed,
+        mixing=None if is_live else objective.mixing,
     )
     if is_live:
         model = with_weights(build_student(recipe), recipe)
@@ -104,7 +107,7 @@ def build_job(
     else:
         model = with_weights(build_classifier(recipe), recipe)
         loss = ClassifyObjective(model, objective, seed=seed)
-        prepare = _as_read
+        prepare = partial(augmented_inputs, num_classes=objective.num_classes)
     return Job(
         model, loss, batches, prepare, lambda ids: [names[clip_id] for clip_id in ids], quarantine
     )

@@ -46,6 +46,7 @@ def build_classifier(recipe: schema.Recipe) -> VideoClassifier:
         num_classes=recipe.objective.num_classes,
         probe=recipe.objective.probe,
         probe_norm=recipe.objective.probe_norm,
+        head_drop_path=recipe.model.head_drop_path,
         fc_drop=recipe.objective.fc_drop,
         tubelet=recipe.model.tubelet,
     )

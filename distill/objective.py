@@ -56,6 +56,16 @@ def align_layers(
     )
 
 
+def draw_head_keep(
+    model: VideoClassifier, clip_ids: Tensor, *, seed: int, epoch: int
+) -> Tensor | None:
+    """Factors [B] of the pooled vector of a classifier in training, drawn as `draw_keep`."""
+    if not model.training or model.head_drop_path == 0:
+        return None
+    uniform = draw.uniform(clip_ids, "head-drop-path", seed, epoch, count=1)
+    return model.head_keep(uniform[:, 0])
+
+
 class DistillObjective(nn.Module):
     """Aligns a student's projections with the teacher's middle layers and pooled vector."""
 
@@ -126,16 +136,27 @@ class ClassifyObjective(nn.Module):
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """`loss` and `top1` (percent) of clip_id [B], pixels [B,3,T,H,W], label [B] and epoch.
 
-        Of a probe, `features` may be there in place of pixels. Accumulates in float32.
+        Of a probe, `features` may be there in place of pixels. `repeat` [B], where it is there,
+        tells views of one clip apart. Probabilities `target` [B,V] take the label's place; `top1`
+        is then of their largest. Accumulates in float32.
         """
+        ids, epoch = batch["clip_id"], batch["epoch"]
+        if "repeat" in batch:
+            ids = draw.view_ids(ids, batch["repeat"])
+        head_keep = draw_head_keep(self.model, ids, seed=self.seed, epoch=epoch)
         if self.trainable == "all":
-            keep = draw_keep(self.model, batch["clip_id"], seed=self.seed, epoch=batch["epoch"])
-            logits = self.model(batch["pixels"], keep=keep).float()  # [B,V]
+            keep = draw_keep(self.model, ids, seed=self.seed, epoch=epoch)
+            logits = self.model(batch["pixels"], keep=keep, head_keep=head_keep)  # [B,V]
         else:
             features = batch.get("features")
             if features is None:
                 features = frozen_features(self.model, batch["pixels"], trainable=self.trainable)
-            logits = self.model(features=features).float()  # [B,V]
-        loss = F.cross_entropy(logits, batch["label"], label_smoothing=self.label_smoothing)
-        top1 = 100 * (logits.detach().argmax(dim=1) == batch["label"]).float().mean()
+            logits = self.model(features=features, head_keep=head_keep)  # [B,V]
+        logits, label, target = logits.float(), batch["label"], batch.get("target")
+        if target is not None:
+            label = target.argmax(dim=1)
+        loss = F.cross_entropy(
+            logits, label if target is None else target, label_smoothing=self.label_smoothing
+        )
+        top1 = 100 * (logits.detach().argmax(dim=1) == label).float().mean()
         return {"loss": loss, "top1": top1}

@@ -109,7 +109,8 @@ def make_plan(recipe: Recipe, *, sustained_tflops: float = SUSTAINED_TFLOPS) -> 
     """
     optim, section = recipe.optim, recipe.objective
     clips = count_clips(recipe)
-    steps_per_epoch = math.ceil(clips / optim.batch_size)
+    views = clips * recipe.data.augment.repeats  # of an epoch
+    steps_per_epoch = math.ceil(views / optim.batch_size)
     schedule = make_schedule(optim, steps_per_epoch=steps_per_epoch)
     cost = student_cost(recipe)
     parameters = count_parameters(partial(build_model, recipe))
@@ -129,7 +130,7 @@ def make_plan(recipe: Recipe, *, sustained_tflops: float = SUSTAINED_TFLOPS) -> 
         micro_batch=micro_batch,
         epochs=optim.epochs,
         steps_per_epoch=steps_per_epoch,
-        last_batch=clips - (steps_per_epoch - 1) * optim.batch_size,
+        last_batch=views - (steps_per_epoch - 1) * optim.batch_size,
         steps=schedule.num_steps,
         warmup_steps=schedule.warmup_steps,
         peak_lr=schedule.peak,
@@ -140,7 +141,7 @@ def make_plan(recipe: Recipe, *, sustained_tflops: float = SUSTAINED_TFLOPS) -> 
         forward_tflop=cost.forward,
         step_tflop=cost.step,
         memory_gb=memory / 1e9,
-        hours=_hours(optim.epochs * clips * cost.step, sustained_tflops),
+        hours=_hours(optim.epochs * views * cost.step, sustained_tflops),
         sustained_tflops=sustained_tflops,
         teacher=teacher,
         cache=cache,

@@ -162,7 +162,7 @@ class RandAugment(Section):
 
 
 class Erase(Section):
-    """Random erasing: one box of noise a view, the same in all frames (Zhong et al.)."""
+    """Random erasing: a box of noise, in the same place of all frames (Zhong et al.)."""
 
     probability: Share = 0.25
 
@@ -228,9 +228,9 @@ class Distill(Section):
 class Mixing(Section):
     """Mixup or CutMix of a batch with itself in reverse, labels and all (Zhang; Yun et al.)."""
 
-    mixup_alpha: NonNegative = 0.8
-    cutmix_alpha: NonNegative = 1.0
-    cutmix_share: Share = Field(0.5, description="how often CutMix is taken rather than mixup")
+    mixup_alpha: Positive = 0.8
+    cutmix_alpha: Positive = 1.0
+    cutmix_share: Share = Field(0.5, description="how often CutMix is taken: 0 is mixup alone")
 
 
 class Features(Section):

@@ -252,8 +252,38 @@ def _contradictions(recipe: Recipe, earlier: Collection[str] | None) -> Iterator
             yield ("objective", "teacher", "weights", "extra"), "is for model.weights alone"
         if model.tubelet != 1:
             yield ("model", "tubelet"), "must be 1, as a teacher's targets are a patch each"
+        yield from _classify_only(recipe)
     else:
         yield from probe_errors(recipe, recipe.objective)
+        yield from _augment_errors(recipe)
+
+
+def _classify_only(recipe: Recipe) -> Iterator[tuple[Keys, str]]:
+    """Settings that would do nothing in a distillation."""
+    augment = recipe.data.augment
+    why = "only for objective.kind: classify; a teacher's targets are of views without it"
+    if augment.rand_augment is not None:
+        yield ("data", "augment", "rand_augment"), why
+    if augment.erase is not None:
+        yield ("data", "augment", "erase"), why
+    if augment.repeats != 1:
+        yield ("data", "augment", "repeats"), "must be 1, but for objective.kind: classify"
+    if recipe.model.head_drop_path:
+        yield ("model", "head_drop_path"), "must be 0, as a student has no classification head"
+
+
+def _augment_errors(recipe: Recipe) -> Iterator[tuple[Keys, str]]:
+    optim, repeats = recipe.optim, recipe.data.augment.repeats
+    if optim.batch_size % repeats:
+        yield (
+            ("optim", "batch_size"),
+            f"counts views, and must be divisible by data.augment.repeats, {repeats}",
+        )
+    if recipe.objective.mixing is None:
+        return
+    for name in ("batch_size", "micro_batch"):
+        if (getattr(optim, name) or 0) % 2:
+            yield ("optim", name), "must be even, as objective.mixing mixes clips in pairs"
 
 
 def _distill_errors(

@@ -110,24 +110,29 @@ def table_rows(
 ) -> list[dict[str, Any]]:
     """A row for each stage that was evaluated: its name, parameters, top-1, top-5 and seconds.
 
+    The averaged weights of a stage that has them get a row of their own.
+
     Seconds are those of its evaluation, its training, and the training of every stage of `study`
     that it builds on.
     """
     rows = []
     for name, summary in summaries.items():
-        if not summary["evaluation"]:
-            continue
+        evaluations = {name: summary["evaluation"]}
+        if summary.get("ema"):
+            evaluations[f"{name}, averaged"] = summary["ema"]["evaluation"]
         trained = {name} | (stages_before(name, study) if study else set())
-        rows.append(
+        rows += [
             {
-                "name": name,
+                "name": title,
                 "parameters": summary["parameters"],
-                "top1": summary["evaluation"]["top1"],
-                "top5": summary["evaluation"]["top5"],
-                "seconds": summary["evaluation"]["seconds"]
+                "top1": evaluation["top1"],
+                "top5": evaluation["top5"],
+                "seconds": evaluation["seconds"]
                 + sum(summaries[one]["train_seconds"] for one in trained),
             }
-        )
+            for title, evaluation in evaluations.items()
+            if evaluation
+        ]
     return rows
 
 

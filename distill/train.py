@@ -19,6 +19,8 @@ from distill import log
 from distill import recipe as schema
 from distill.cache.read import CachedBatches
 from distill.checkpoint import (
+    EMA_FILE,
+    WEIGHTS_FILE,
     Checkpoint,
     latest_checkpoint,
     load_checkpoint,
@@ -126,7 +128,7 @@ def train_unfinished(left: Sequence[tuple[schema.Recipe, Path]]) -> None:
         if cache is not None:
             stream = CachedBatches(cache, batch_size=size, seed=seed)
         with StopRequest() as stop:
-            positions = [Position()]  # of weights that are only evaluated
+            positions, averages = [Position()], [None]  # of weights that are only evaluated
             if stream is not None:
                 runs = [
                     Run(recipe, job, folder, stream=stream, device=device, stop=stop)
@@ -134,8 +136,11 @@ def train_unfinished(left: Sequence[tuple[schema.Recipe, Path]]) -> None:
                 ]
                 train_runs(runs, stream, size=size)
                 positions = [run.at for run in runs]
-            for (recipe, folder), job, at in zip(left, jobs, positions, strict=True):
-                finish(recipe, job, folder, at, device=device, stop=stop)
+                averages = [run.engine.ema_model for run in runs]
+            for (recipe, folder), job, at, average in zip(
+                left, jobs, positions, averages, strict=True
+            ):
+                finish(recipe, job, folder, at, ema_model=average, device=device, stop=stop)
 
 
 def train_runs(runs: "Sequence[Run]", stream: ClipBatches | CachedBatches, *, size: int) -> None:
@@ -209,9 +214,10 @@ class Run:
         if latest is None:
             return Position()
         saved = load_checkpoint(latest)
-        self.engine.load(saved.weights, saved.optimizer, saved.state["scaler"])
-        restore_random_state(saved.state["random"])
-        at = Position(**saved.state["position"])
+        state = saved.state
+        self.engine.load(saved.weights, saved.optimizer, state["scaler"], saved.ema)
+        restore_random_state(state["random"])
+        at = Position(**state["position"])
         logger.info("%s: goes on after step %d", self.folder, at.step)
         return at
 
@@ -292,20 +298,12 @@ class Run:
         is_best = False
         is_classifier = isinstance(self.recipe.objective, schema.Classify)
         if is_classifier and self.recipe.data.val and every and (at.epoch + 1) % every == 0:
-            result = evaluate(
-                self.job.model,
-                self.recipe,
-                split="val",
-                num_clips=1,
-                num_crops=1,
-                device=self.device,
-                on_batch=self.stop.check,
-            )
+            result = self.check_on_val(self.job.model, "")
             scores = {f"val/{name}": result[name] for name in ("top1", "top5")}
+            if self.engine.ema_model is not None:
+                averaged = self.check_on_val(self.engine.ema_model, " with averaged weights")
+                scores |= {f"val/ema_{name}": averaged[name] for name in ("top1", "top5")}
             self.log.write(at.step, {"epoch": at.epoch, **scores})
-            logger.info(
-                "epoch %d: top-1 %.2f, top-5 %.2f on val", at.epoch, result["top1"], result["top5"]
-            )
             is_best = not at.best or result["top1"] > at.best["top1"]
             if is_best:
                 at.best = {"top1": result["top1"], "epoch": at.epoch, "step": at.step}
@@ -314,6 +312,23 @@ class Run:
             self.save()
         # Evaluating and saving do not count as time of the next steps.
         self.meter.read(self.stream.wait_seconds)
+
+    def check_on_val(self, model: torch.nn.Module, which: str) -> dict:
+        """One view of each clip of `val`."""
+        result = evaluate(
+            model,
+            self.recipe,
+            split="val",
+            num_clips=1,
+            num_crops=1,
+            device=self.device,
+            on_batch=self.stop.check,
+        )
+        logger.info(
+            "epoch %d: top-1 %.2f, top-5 %.2f on val%s",
+            *(self.at.epoch, result["top1"], result["top5"], which),
+        )
+        return result
 
     def save(self) -> None:
         """Write a checkpoint that this run, or a rerun of it, goes on from."""
@@ -328,7 +343,10 @@ class Run:
             "scaler": self.engine.scaler_state(),
             "random": random_state(),
         }
-        whole = Checkpoint(self.engine.weights(), self.engine.optimizer_state(), state)
+        engine = self.engine
+        whole = Checkpoint(
+            engine.weights(), engine.optimizer_state(), state, ema=engine.ema_weights()
+        )
         save_checkpoint(self.checkpoints, whole, metadata=describe_model(self.recipe))
         prune_checkpoints(
             self.checkpoints,
@@ -343,13 +361,19 @@ def finish(
     folder: Path,
     at: Position,
     *,
+    ema_model: torch.nn.Module | None,
     device: torch.device,
     stop: StopRequest,
 ) -> dict:
-    """Write the final weights, evaluate a classifier with all its views, write the summary."""
-    write_tensors(
-        folder / "model.safetensors", job.model.state_dict(), metadata=describe_model(recipe)
-    )
+    """Write the final weights, evaluate a classifier with all its views, write the summary.
+
+    Averaged weights are written and evaluated too, with the results in the folder `ema`.
+    """
+    models = {"": (job.model, folder / WEIGHTS_FILE, folder)}
+    if ema_model is not None:
+        models["ema"] = ema_model, folder / EMA_FILE, folder / "ema"
+    for model, path, _ in models.values():
+        write_tensors(path, model.state_dict(), metadata=describe_model(recipe))
     summary = {
         "name": recipe.name,
         "objective": recipe.objective.kind,
@@ -362,9 +386,12 @@ def finish(
         "quarantined": len(job.quarantine.entries) if job.quarantine else 0,
         "hit_rate": at.cached / at.read if at.read else None,
         "evaluation": None,
-        "weights": str(folder / "model.safetensors"),
+        "weights": str(folder / WEIGHTS_FILE),
+        "ema": None,
         "device": str(device),
     }
+    if ema_model is not None:
+        summary["ema"] = {"evaluation": None, "weights": str(folder / EMA_FILE)}
     if at.best:
         best = step_folder(folder / "checkpoints", int(at.best["step"]))
         summary["best_on_val"] = {**at.best, "weights": str(best / "model.safetensors")}
@@ -377,18 +404,21 @@ def finish(
         )
     if isinstance(recipe.objective, schema.Classify) and has_evaluation(recipe):
         section = recipe.evaluate
-        result = evaluate(
-            job.model.to(device),
-            recipe,
-            split=section.split,
-            num_clips=section.clips,
-            num_crops=section.crops,
-            device=device,
-            folder=folder,
-            on_batch=stop.check,
-        )
         lists = ("missing", "incomplete")  # which can be long, and stand in evaluation.json
-        summary["evaluation"] = {key: result[key] for key in result if key not in lists}
+        for name, (model, _, place) in models.items():
+            place.mkdir(exist_ok=True)
+            result = evaluate(
+                model.to(device),
+                recipe,
+                split=section.split,
+                num_clips=section.clips,
+                num_crops=section.crops,
+                device=device,
+                folder=place,
+                on_batch=stop.check,
+            )
+            about = summary[name] if name else summary
+            about["evaluation"] = {key: result[key] for key in result if key not in lists}
     write_json(folder / SUMMARY, summary)
     return summary
 

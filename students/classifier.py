@@ -45,10 +45,13 @@ class VideoClassifier(VideoViT):
         tubelet: int = 1,
         positions: Positions = "joint",
         drop_path: float = 0.0,
+        head_drop_path: float = 0.0,
         fc_drop: float = 0.0,
         activation: Activation = "gelu_tanh",
         checkpoint_blocks: int = 0,
     ) -> None:
+        if not 0 <= head_drop_path < 1:
+            raise ValueError(f"head_drop_path must be at least 0 and below 1, got {head_drop_path}")
         super().__init__(
             size,
             frames=frames,
@@ -61,6 +64,7 @@ class VideoClassifier(VideoViT):
         )
         pooled = size.pooled_width
         self.probe, self.probe_norm = probe, probe_norm
+        self.head_drop_path = head_drop_path
         features = pooled
         if probe == "attentive_mlp":
             mlp = MLP(pooled, hidden=4 * pooled, activation="gelu")
@@ -89,17 +93,28 @@ class VideoClassifier(VideoViT):
         clip: Tensor | None = None,
         *,
         keep: Tensor | None = None,
+        head_keep: Tensor | None = None,
         features: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """Logits [B,V] of clips [B,3,T,H,W], uint8 or normalised floating point.
 
-        `features` are what `hidden` or `summary` have made of the clips already.
+        `features` are what `hidden` or `summary` have made of the clips already. `head_keep` [B]
+        scales each clip's pooled vector (drawn here when training without).
         """
         if features is None:
             features = self.hidden(clip, keep=keep)
         if "hidden" in features:
             features = self.summary(features["hidden"])
+        if "pooled" in features and self.training and self.head_drop_path > 0:
+            pooled = features["pooled"]
+            if head_keep is None:
+                head_keep = self.head_keep(torch.rand(len(pooled), device=pooled.device))
+            features = {**features, "pooled": pooled * head_keep[:, None].to(pooled.dtype)}
         return self.head(self.fc_dropout(self._head_input(features)))
+
+    def head_keep(self, uniform: Tensor) -> Tensor:
+        """Turn uniform draws [B] in [0,1) into factors of the pooled vector: 0, or 1/(1-rate)."""
+        return (uniform >= self.head_drop_path).float() / (1 - self.head_drop_path)
 
     def hidden(self, clip: Tensor, *, keep: Tensor | None = None) -> dict[str, Tensor]:
         """What the blocks make of clips: hidden [B,1+N,D]."""
@@ -158,6 +173,7 @@ def create_classifier(
     probe: Probe | None = None,
     probe_norm: ProbeNorm = "LN",
     drop_path: float = 0.0,
+    head_drop_path: float = 0.0,
     fc_drop: float = 0.0,
     activation: Activation = "gelu_tanh",
     tubelet: int = 1,
@@ -185,6 +201,7 @@ def create_classifier(
         tubelet=tubelet,
         positions=positions,
         drop_path=drop_path,
+        head_drop_path=head_drop_path,
         fc_drop=fc_drop,
         activation=activation,
         checkpoint_blocks=checkpoint_blocks,

@@ -1,16 +1,19 @@
 """From decoded frames to the square uint8 clip that a model sees.
 
-Every frame of a clip gets the same crop and flip. Random choices are drawn in a fixed order from
-the generator that is handed in, so that a view is the same bit for bit wherever it is made.
+Every frame of a clip gets the same operations, crop, flip and erased box. Random choices are
+drawn in a fixed order from the generator that is handed in, so that a view is the same bit for
+bit wherever it is made.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
-from distill.recipe import Views
+from distill.data.rand_augment import apply_operations
+from distill.recipe import Mixing, Views
 
 # Wang et al., Temporal Segment Networks: candidate sizes as shares of the short side.
 _SCALES = (1.0, 0.875, 0.75, 0.66)
@@ -24,6 +27,13 @@ _PLACES = (
     *((0, 2), (4, 2), (2, 4), (2, 0)),
     *((1, 1), (3, 1), (1, 3), (3, 3)),
 )
+# Zhong et al., Random Erasing: bounds of the box's share of the frame and of its aspect.
+_ERASED_AREA = (0.02, 1 / 3)
+_ERASED_ASPECT = (0.3, 1 / 0.3)
+_ERASED_TRIES = 100
+# Noise is kept in a view's uint8 pixels, as so many steps to a standard deviation.
+NOISE_STEPS = 32
+NOISE_ZERO = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,13 +112,72 @@ def eval_crop(width: int, height: int, *, size: int, crop: int, num_crops: int) 
     return Crop(x, y, size, size, size, resize)
 
 
-def apply(pixels: np.ndarray, crop: Crop, *, flip: bool) -> np.ndarray:
-    """Crop, resize (PIL bilinear, rounded to uint8) and flip: [T,H,W,3] to uint8 [3,T,S,S]."""
+def draw_erased(
+    size: int, *, probability: float, rng: np.random.Generator
+) -> tuple[int, int, int, int] | None:
+    """The box (x, y, width, height) of a view of `size` pixels to fill with noise, if any."""
+    if rng.random() >= probability:
+        return None
+    low, high = (math.log(aspect) for aspect in _ERASED_ASPECT)
+    for _ in range(_ERASED_TRIES):
+        area = size * size * rng.uniform(*_ERASED_AREA)
+        aspect = math.exp(rng.uniform(low, high))
+        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < width < size and 0 < height < size:
+            y = int(rng.integers(size - height, endpoint=True))
+            x = int(rng.integers(size - width, endpoint=True))
+            return x, y, width, height
+    return None
+
+
+def erase(pixels: np.ndarray, box: tuple[int, int, int, int], *, rng: np.random.Generator) -> None:
+    """Fill a box of every frame of pixels uint8 [3,T,S,S] with standard normal noise, coded.
+
+    It stands for values after normalisation: `(code - NOISE_ZERO) / NOISE_STEPS`, cut off at
+    about four standard deviations.
+    """
+    x, y, width, height = box
+    hole = pixels[:, :, y : y + height, x : x + width]
+    noise = rng.standard_normal(hole.shape, dtype=np.float32)
+    hole[:] = np.rint(noise * NOISE_STEPS + NOISE_ZERO).clip(0, 255).astype(np.uint8)
+
+
+def draw_mixing(
+    section: Mixing, size: int, *, rng: np.random.Generator
+) -> tuple[float, int, int, int, int]:
+    """How a batch is mixed with itself in reverse: the share of its own labels, and a box.
+
+    CutMix takes the box (x, y, width, height) from the partner, the same in all frames, and the
+    share is what it leaves after it was cut off at the edges. Mixup has an empty box, and takes
+    the share for pixels too.
+    """
+    if rng.random() >= section.cutmix_share:
+        return float(rng.beta(section.mixup_alpha, section.mixup_alpha)), 0, 0, 0, 0
+    side = int(size * math.sqrt(1 - rng.beta(section.cutmix_alpha, section.cutmix_alpha)))
+    x, y = (int(centre) for centre in rng.integers(size, size=2))
+    (left, right), (top, bottom) = (
+        (max(centre - side // 2, 0), min(centre + (side + 1) // 2, size)) for centre in (x, y)
+    )
+    width, height = right - left, bottom - top
+    return 1 - width * height / size**2, left, top, width, height
+
+
+def apply(
+    pixels: np.ndarray,
+    crop: Crop,
+    *,
+    flip: bool,
+    operations: Sequence[tuple[str, float]] = (),
+) -> np.ndarray:
+    """Augment, crop, resize (PIL bilinear, rounded to uint8) and flip: [T,H,W,3] to [3,T,S,S].
+
+    `operations` are those of `rand_augment.draw_operations`. Everything is uint8.
+    """
     box = (crop.x, crop.y, crop.x + crop.width, crop.y + crop.height)
     target = (crop.size, crop.size)
     out = np.empty((3, len(pixels), crop.size, crop.size), np.uint8)
     for i, frame in enumerate(pixels):
-        image = Image.fromarray(frame)
+        image = apply_operations(Image.fromarray(frame), operations)
         if crop.resize is not None and image.size != crop.resize:
             image = image.resize(crop.resize, Image.Resampling.BILINEAR)
         image = image.crop(box)

@@ -14,9 +14,10 @@ from distill import draw
 from distill.data import augment, sample
 from distill.data.decode import Frames, Video, open_video
 from distill.data.index import Clip
+from distill.data.rand_augment import draw_operations
 from distill.data.workers import ClipLoader, Quarantine
 from distill.errors import InputError, StateError
-from distill.recipe import Data, Views
+from distill.recipe import Augment, Data, Mixing, Views
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,8 +31,10 @@ __all__ = [
     "collate",
     "load_eval_task",
     "load_eval_view",
+    "load_repeats",
     "load_task",
     "load_view",
+    "load_views",
     "replay_view",
 ]
 
@@ -53,7 +56,8 @@ class View:
     pixels uint8 [3,T,S,S]; `frames` int64 [T] are numbers in the whole video, `pts_seconds`
     float64 [T] their times (NaN for folders of frames); `crop` is (x, y, width, height) in
     pixels of the decoded frame or, where there is a `resize` (width, height), of the frame
-    resized to that. `number` and `seed` are what a training view was drawn with.
+    resized to that. `number` and `seed` are what a training view was drawn with. `operations`
+    came before the crop; the box (x, y, width, height) of the pixels that is `erased` holds noise.
     """
 
     pixels: np.ndarray
@@ -65,6 +69,8 @@ class View:
     resize: tuple[int, int] | None = None
     number: int | None = None
     seed: int | None = None
+    operations: tuple[tuple[str, float], ...] = ()
+    erased: tuple[int, int, int, int] | None = None
 
 
 def load_view(clip: Clip, view: int, *, views: Views, seed: int) -> View:
@@ -72,15 +78,50 @@ def load_view(clip: Clip, view: int, *, views: Views, seed: int) -> View:
 
     Raises `InputError` for a clip that cannot be decoded.
     """
-    rng = draw.generator("augment", seed, clip.id, view)
+    (only,) = load_views(clip, view, views=views, seed=seed, augmented=Augment())
+    return only
+
+
+def load_views(clip: Clip, view: int, *, views: Views, seed: int, augmented: Augment) -> list[View]:
+    """The training views from number `view` on that show the frames of the first, decoded once.
+
+    There are `augmented.repeats` of them, and a view of a number is else the same as in any
+    other company. Raises `InputError` for a clip that cannot be decoded.
+    """
+    numbers = range(view, view + augmented.repeats)
+    rngs = [draw.generator("augment", seed, clip.id, number) for number in numbers]
     with open_video(clip.path, decoder=views.decoder) as video:
         first, length = sample.trim(clip, _num_frames(clip, video))
-        indices = first + sample.train_indices(views.sampling, length, views.frames, rng)
+        # Each draws its own frames, so that what it draws after them is its own too.
+        drawn = [sample.train_indices(views.sampling, length, views.frames, rng) for rng in rngs]
+        indices = first + drawn[0]
         frames = video.read(indices)
     height, width = frames.pixels.shape[1:3]
-    crop = augment.draw_crop(views, width=width, height=height, rng=rng)
-    flip = bool(rng.random() < views.flip) and clip.source not in views.never_flip
-    return _finish(video, indices, frames, crop, flip=flip, number=view, seed=seed)
+    made = []
+    for number, rng in zip(numbers, rngs, strict=True):
+        crop = augment.draw_crop(views, width=width, height=height, rng=rng)
+        flip = bool(rng.random() < views.flip) and clip.source not in views.never_flip
+        operations, erased = (), None
+        if augmented.rand_augment is not None:
+            operations = tuple(draw_operations(augmented.rand_augment, rng))
+        if augmented.erase is not None:
+            probability = augmented.erase.probability
+            erased = augment.draw_erased(views.image_size, probability=probability, rng=rng)
+        one = _finish(
+            video,
+            indices,
+            frames,
+            crop,
+            flip=flip,
+            number=number,
+            seed=seed,
+            operations=operations,
+            erased=erased,
+        )
+        if erased is not None:
+            augment.erase(one.pixels, erased, rng=rng)
+        made.append(one)
+    return made
 
 
 def load_eval_view(
@@ -136,6 +177,11 @@ def load_task(task: Task, *, views: Views, seed: int) -> View:
     return load_view(task.clip, task.view, views=views, seed=seed)
 
 
+def load_repeats(task: Task, *, views: Views, seed: int, augmented: Augment) -> list[View]:
+    """`load_views` for a `ClipLoader`, bound with `functools.partial`."""
+    return load_views(task.clip, task.view, views=views, seed=seed, augmented=augmented)
+
+
 def load_eval_task(task: Task, *, views: Views, num_clips: int, num_crops: int) -> View:
     """`load_eval_view` for a `ClipLoader`, bound with `functools.partial`."""
     return load_eval_view(
@@ -166,10 +212,11 @@ def collate(items: Sequence[tuple[Task, View]]) -> "dict[str, Tensor]":
 class ClipBatches:
     """Training batches from videos, in an order drawn from (seed, epoch).
 
-    Epoch e uses view e, or e mod `views_per_clip`; views are
-    drawn with `views_seed`, by default `seed`. Clips that cannot be decoded go to the
-    quarantine and are left out of their batches, which keep their places; only a batch that
-    loses all its clips takes the next one in the order instead.
+    Epoch e uses view e, or e mod `views_per_clip`; views are drawn with `views_seed`, by default
+    `seed`. With r `repeats` it uses the r views from e * r on, side by side, and `batch_size`
+    counts them all. Clips that cannot be decoded go to the quarantine and are left out of their
+    batches, which keep their places; only a batch that loses all its clips takes the next one in
+    the order instead.
     """
 
     def __init__(
@@ -182,16 +229,20 @@ class ClipBatches:
         views_per_clip: int | None,
         quarantine: Quarantine,
         views_seed: int | None = None,
+        mixing: Mixing | None = None,
     ):
         if not clips:
             raise InputError("there are no clips to train with: data.train.list names none")
         self._clips = clips
-        self._batch_size = batch_size
+        self._augmented, self._mixing = data.augment, mixing
+        self._image_size = data.views.image_size
+        self._clips_per_batch = batch_size // data.augment.repeats
         self._seed = seed
+        self._views_seed = seed if views_seed is None else views_seed
         self._views_per_clip = views_per_clip
         self._loader = ClipLoader(
             functools.partial(
-                load_task, views=data.views, seed=seed if views_seed is None else views_seed
+                load_repeats, views=data.views, seed=self._views_seed, augmented=data.augment
             ),
             workers=data.workers,
             timeout_seconds=data.decode_timeout_seconds,
@@ -200,7 +251,7 @@ class ClipBatches:
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self._clips) // self._batch_size)
+        return -(-len(self._clips) // self._clips_per_batch)
 
     @property
     def wait_seconds(self) -> float:
@@ -208,19 +259,48 @@ class ClipBatches:
         return self._loader.wait_seconds
 
     def epoch(self, epoch: int, first_step: int = 0) -> "Iterator[dict[str, Tensor | int]]":
-        """Batches of an epoch from step `first_step` on, as `collate` makes them, with "epoch".
+        """Batches of an epoch from step `first_step` on, as `collate` makes them, and more.
 
-        Raises `StateError` when too many clips cannot be decoded.
+        That is "epoch"; "repeat" int64 [B], which of its clip's views each is; and where the
+        recipe asks for it, boxes "erased" int64 [B,4] (empty for none) and "mix" float32 [B,5],
+        what `augment.draw_mixing` gives for each view. Raises `StateError` when too many clips
+        cannot be decoded.
         """
         order = draw.generator("shuffle", self._seed, epoch).permutation(len(self._clips))
         view = epoch if self._views_per_clip is None else epoch % self._views_per_clip
-        tasks = [Task(self._clips[i], view) for i in order]
-        starts = range(first_step * self._batch_size, len(tasks), self._batch_size)
-        batches = self._loader.run(tasks[start : start + self._batch_size] for start in starts)
+        first_view = view * self._augmented.repeats
+        tasks = [Task(self._clips[i], first_view) for i in order]
+        size = self._clips_per_batch
+        starts = range(first_step * size, len(tasks), size)
+        batches = self._loader.run(tasks[start : start + size] for start in starts)
         for start, items in zip(starts, batches, strict=True):
-            yield {**collate(items or self._next_good(tasks, start)), "epoch": epoch}
+            yield {**self._collate(items or self._next_good(tasks, start)), "epoch": epoch}
 
-    def _next_good(self, tasks: list[Task], start: int) -> list[tuple[Task, View]]:
+    def _collate(self, items: list[tuple[Task, list[View]]]) -> "dict[str, Tensor]":
+        import torch  # as in `collate`
+
+        flat = [
+            (dataclasses.replace(task, view=view.number), view)
+            for task, views in items
+            for view in views
+        ]
+        batch = collate(flat)
+        batch["repeat"] = batch["view"] % self._augmented.repeats
+        if self._augmented.erase is not None:
+            batch["erased"] = torch.tensor([view.erased or (0, 0, 0, 0) for _, view in flat])
+        if self._mixing is not None:
+            draws = [
+                augment.draw_mixing(
+                    self._mixing,
+                    self._image_size,
+                    rng=draw.generator("mix", self._views_seed, task.clip.id, task.view),
+                )
+                for task, _ in flat
+            ]
+            batch["mix"] = torch.tensor(draws, dtype=torch.float32)
+        return batch
+
+    def _next_good(self, tasks: list[Task], start: int) -> list[tuple[Task, list[View]]]:
         following = tasks[start:] + tasks[:start]
         for items in self._loader.run([task] for task in following):
             if items:
@@ -248,9 +328,11 @@ def _finish(
     flip: bool,
     number: int | None = None,
     seed: int | None = None,
+    operations: tuple[tuple[str, float], ...] = (),
+    erased: tuple[int, int, int, int] | None = None,
 ) -> View:
     return View(
-        pixels=augment.apply(frames.pixels, crop, flip=flip),
+        pixels=augment.apply(frames.pixels, crop, flip=flip, operations=operations),
         frames=indices.astype(np.int64),
         pts_seconds=frames.pts_seconds,
         crop=(crop.x, crop.y, crop.width, crop.height),
@@ -259,4 +341,6 @@ def _finish(
         resize=crop.resize,
         number=number,
         seed=seed,
+        operations=operations,
+        erased=erased,
     )
