@@ -9,11 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from distill.cache.codes import row_bytes
-from distill.mask import num_kept, num_visible, token_grid
-from distill.recipe import Distill, Recipe, vit_size
+from distill.mask import num_kept, num_races, num_visible, token_grid
+from distill.models import meta_teacher, teacher_shape
+from distill.recipe import MAIN, Distill, Recipe, of_teacher, vit_size
 from distill.students.vit import PATCH, VideoViT, ViTSize, resolve_size
+from distill.teachers import Teacher
 
 PARAMETER_BYTES = 16  # float32 weight, gradient and AdamW's two moments
 
@@ -36,13 +39,53 @@ def embed_macs(size: ViTSize, patches: int, *, tubelet: int = 1) -> int:
     return patches * 3 * tubelet * PATCH**2 * size.width
 
 
-def decoder_macs(size: ViTSize, tokens: int, *, teacher: ViTSize, layers: int, decoder: str) -> int:
-    """Of the projectors to a teacher's middle layers and to its pooled vector."""
-    pooled = size.pooled_width
-    own = size.width if decoder == "mlp" else 0
-    own_pooled = pooled if decoder == "mlp" else 0
-    middle = layers * tokens * size.width * (own + teacher.width)
-    return middle + pooled * (own_pooled + teacher.pooled_width)
+def decoder_macs(recipe: Recipe) -> int:
+    """Of the projectors to the teachers' middle layers and to the main one's pooled vector."""
+    section, size = recipe.objective, resolve_size(vit_size(recipe.model.size))
+    visible = num_tokens(recipe)[1]
+    macs = 0
+    for name, teacher in section.teachers.items():
+        shape = teacher_shape(recipe, name)
+        tokens = visible + shape.has_cls
+        own = size.width if _decoder(section, name) == "mlp" else 0
+        macs += teacher.layers * tokens * size.width * (own + shape.width)
+    pooled, own = teacher_shape(recipe).pooled_width, size.pooled_width
+    if pooled:
+        macs += own * (pooled + (own if section.decoder == "mlp" else 0))
+    return macs
+
+
+def _decoder(section: Distill, name: str) -> str:
+    return section.others[name].decoder if name else section.decoder
+
+
+def teacher_macs(recipe: Recipe, name: str = MAIN) -> int:
+    """Of a teacher's forward on all tokens of a clip."""
+    teacher = recipe.objective.teachers[name]
+    grid = token_grid(recipe.data.views)
+    patches = math.prod(grid)
+    if teacher.kind == "timm":
+        return count_macs(meta_teacher(recipe, name))
+    size = resolve_size(vit_size(teacher.size))
+    embed = embed_macs(size, patches, tubelet=(teacher.frames or grid[0]) // grid[0])
+    match teacher.kind:
+        case "internvideo2":
+            return embed + size.depth * block_macs(size, patches + 1) + pool_macs(size, patches + 1)
+        case "internvl":  # every frame has a class token and a pool of its own
+            tokens = patches // grid[0] + 1
+            return embed + grid[0] * (
+                size.depth * block_macs(size, tokens) + pool_macs(size, tokens)
+            )
+        case "videomae":
+            return embed + size.depth * block_macs(size, patches)
+
+
+def count_macs(teacher: Teacher) -> int:
+    """Of a teacher without memory on a clip, as PyTorch counts them."""
+    clip = torch.empty(1, 3, teacher.frames, teacher.image_size, teacher.image_size, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        teacher.hidden(clip)
+    return counter.get_total_flops() // 2
 
 
 def forward_macs(size: ViTSize, patches: int, *, embedded: int | None = None) -> int:
@@ -75,14 +118,7 @@ def student_cost(recipe: Recipe, *, embed_all: bool = False) -> StepCost:
     blocks = size.depth * block_macs(size, visible + 1)
     pool = pool_macs(size, visible + 1)
     if isinstance(objective, Distill):
-        heads = decoder_macs(
-            size,
-            visible + 1,
-            teacher=resolve_size(vit_size(objective.teacher.size)),
-            layers=objective.teacher.layers,
-            decoder=objective.decoder,
-        )
-        trainable = "all"
+        heads, trainable = decoder_macs(recipe), "all"
     else:
         heads, trainable = size.pooled_width * objective.num_classes, objective.trainable
     forward = embed + blocks + pool + heads
@@ -116,20 +152,27 @@ def record_tokens(recipe: Recipe) -> int:
 def record_bytes(recipe: Recipe) -> dict[str, int]:
     """Bytes of the fields of one cached view; frame numbers, crop and the like come on top."""
     section, views = recipe.objective, recipe.data.views
-    teacher = resolve_size(vit_size(section.teacher.size))
+    main = teacher_shape(recipe)
     patches, kept = num_tokens(recipe)[0], record_tokens(recipe)
-    rows = section.teacher.layers * (kept + 1)
-    fields = {"tokens": (2 if patches <= 2**15 else 4) * kept}
+    fields = {"tokens": (2 if main.has_attention and patches <= 2**15 else 4) * kept}
     if section.cache.tokens != "visible":
-        fields["next_arrival"] = 4
+        fields["next_arrival"] = 4 * num_races(token_grid(views), section.mask)
     if section.cache.pixels == "full":
         fields["pixels"] = 3 * views.frames * views.image_size**2
     else:
         fields["patches"] = kept * 3 * PATCH**2
-    fields["codes"] = rows * row_bytes(section.cache.codes, teacher.width)
-    if section.cache.codes != "fp16":
-        fields["scales"] = 2 * rows
-    return {**fields, "pooled": 2 * teacher.pooled_width, "attention": 4 * patches}
+    for name, teacher in section.teachers.items():
+        shape = teacher_shape(recipe, name)
+        rows = teacher.layers * (kept + shape.has_cls)
+        codes = rows * row_bytes(section.cache.codes, shape.width)
+        fields[of_teacher("codes", name)] = codes
+        if section.cache.codes != "fp16":
+            fields[of_teacher("scales", name)] = 2 * rows
+    if main.pooled_width:
+        fields["pooled"] = 2 * main.pooled_width
+    if main.has_attention:
+        fields["attention"] = 4 * patches
+    return fields
 
 
 def activation_bytes(recipe: Recipe) -> int:
@@ -150,35 +193,41 @@ def activation_bytes(recipe: Recipe) -> int:
     per_token += (size.depth - kept) * 4 * width
     if not isinstance(section, Distill):
         return tokens * per_token if section.trainable == "all" else 0
-    own = width * (4 + byte * 3) if section.decoder == "mlp" else 4 * width
-    teacher = resolve_size(vit_size(section.teacher.size)).width
-    return tokens * (per_token + section.teacher.layers * (own + teacher * (byte + 5 * 4)))
+    for name, teacher in section.teachers.items():
+        own = width * (4 + byte * 3) if _decoder(section, name) == "mlp" else 4 * width
+        per_token += teacher.layers * (own + teacher_shape(recipe, name).width * (byte + 5 * 4))
+    return tokens * per_token
 
 
 def teacher_bytes(recipe: Recipe, *, batch_size: int) -> int:
-    """Bytes of a teacher's weights (float32) and of its forward on a batch; an estimate.
+    """Bytes of the teachers' weights (float32) and of their forward on a batch; an estimate.
 
-    The states of the distilled layers and of the block at hand in float32, the block's products
-    in the compute precision, and the rows that are kept, before and after they are normalised.
+    They look one after another: the largest counts. Of each, the states of the distilled layers
+    and of the block at hand in float32, the block's products in the compute precision, and the
+    rows that are kept, before and after they are normalised.
     """
-    objective, section = recipe.objective, recipe.objective.teacher
-    size = resolve_size(vit_size(section.size))
-    byte = 4 if section.precision == "fp32" else 2
-    hidden = int(size.width * size.mlp_ratio)
-    per_token = 4 * size.width * (section.layers + 3) + byte * (hidden + 4 * size.width)
+    objective = recipe.objective
     patches, visible = num_tokens(recipe)
     kept = visible if objective.targets == "live" else record_tokens(recipe)
-    rows = 2 * 4 * size.width * section.layers * (kept + 1)
-    return 4 * teacher_parameters(recipe) + batch_size * ((patches + 1) * per_token + rows)
+    weights, at_work, held = 0, 0, 0
+    for name, section in objective.teachers.items():
+        byte, width = 4 if section.precision == "fp32" else 2, teacher_shape(recipe, name).width
+        hidden = (
+            4 * width
+            if section.kind == "timm"
+            else int(width * resolve_size(vit_size(section.size)).mlp_ratio)
+        )
+        per_token = 4 * width * (section.layers + 3) + byte * (hidden + 4 * width)
+        rows = 4 * width * section.layers * (kept + 1)
+        weights += 4 * teacher_parameters(recipe, name)
+        at_work = max(at_work, (patches + 1) * per_token + rows)
+        held += rows
+    return weights + batch_size * (at_work + held)
 
 
-def teacher_parameters(recipe: Recipe) -> int:
-    """Parameters of a distillation's teacher, which is a bare backbone."""
-    views = recipe.data.views
-    size = resolve_size(vit_size(recipe.objective.teacher.size))
-    return count_parameters(
-        lambda: VideoViT(size, frames=views.frames, image_size=views.image_size)
-    )
+def teacher_parameters(recipe: Recipe, name: str = MAIN) -> int:
+    """Parameters of one of a distillation's teachers."""
+    return sum(parameter.numel() for parameter in meta_teacher(recipe, name).parameters())
 
 
 def count_parameters(build: Callable[[], VideoViT]) -> int:

@@ -13,7 +13,7 @@ from distill import recipe as schema
 from distill.cache.build import build_cache
 from distill.cache.hybrid import HybridBatches, open_hybrid
 from distill.cache.identity import cache_identity
-from distill.cache.live import tuned_teacher
+from distill.cache.live import other_teachers, tuned_teachers
 from distill.cache.read import Cache, CachedBatches
 from distill.data.index import check_videos, read_list
 from distill.data.load import ClipBatches, Quarantine
@@ -82,7 +82,7 @@ def build_job(
     views_seed = cache.seed if cache else seed
     batches = ClipBatches(
         clips,
-        recipe.data,
+        recipe.data.model_copy(update={"views": schema.read_views(recipe)}),
         batch_size=batch_size,
         seed=seed,
         views_per_clip=cache.views if cache else None,
@@ -93,16 +93,17 @@ def build_job(
     if is_live:
         model = with_weights(build_student(recipe), recipe)
         loss = DistillObjective(model, objective, seed=seed)
-        teacher = tuned_teacher(
+        teachers = tuned_teachers(
             recipe, batch_size=recipe.optim.micro_batch or batch_size, device=device
         )
         prepare = LiveTargets(
-            teacher,
+            teachers[schema.MAIN],
             objective.mask,
             views_seed,
             precision=objective.teacher.precision,
             tokens=cache.tokens if cache else "visible",
             redraw=make_redraw(recipe),
+            others=other_teachers(recipe, teachers),
         )
     else:
         model = with_weights(build_classifier(recipe), recipe)

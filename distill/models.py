@@ -1,12 +1,16 @@
 """Recipe sections to models: the only place where the two meet."""
 
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 
 from distill import recipe as schema
 from distill.errors import InputError
+from distill.mask import token_grid
 from distill.students import DistillStudent, VideoClassifier, create_classifier, create_student
+from distill.students.student import ProjectorSet
 from distill.students.vit import VideoViT, resolve_size
 from distill.students.warmstart import (
     LoadReport,
@@ -28,14 +32,23 @@ def build_student(recipe: schema.Recipe) -> DistillStudent:
             f"{recipe.name}: model.tubelet: must be 1, as a teacher's targets are a patch each, "
             f"got {recipe.model.tubelet}"
         )
-    teacher = recipe.objective.teacher
-    teacher_size = resolve_size(schema.vit_size(teacher.size))
+    section = recipe.objective
+    shapes = {name: teacher_shape(recipe, name) for name in section.teachers}
     return create_student(
         **_backbone(recipe),
-        teacher_width=teacher_size.width,
-        teacher_pooled=teacher_size.pooled_width,
-        num_layers=teacher.layers,
-        decoder=recipe.objective.decoder,
+        teacher_width=shapes[schema.MAIN].width,
+        teacher_pooled=shapes[schema.MAIN].pooled_width,
+        num_layers=section.teacher.layers,
+        decoder=section.decoder,
+        others={
+            name: ProjectorSet(
+                width=shapes[name].width,
+                num_layers=other.layers,
+                decoder=other.decoder,
+                has_cls=shapes[name].has_cls,
+            )
+            for name, other in section.others.items()
+        },
     )
 
 
@@ -73,35 +86,121 @@ def build_model(recipe: schema.Recipe) -> DistillStudent | VideoClassifier:
     return build_classifier(recipe)
 
 
-def build_teacher(recipe: schema.Recipe) -> Teacher:
-    """The frozen teacher of a `distill` recipe, with its weights; raises InputError without any.
+def build_teacher(recipe: schema.Recipe, name: str = schema.MAIN) -> Teacher:
+    """A frozen teacher of a `distill` recipe, with its weights; raises InputError without any.
 
     A random one is a function of the run's seed, and leaves the global generators as they are.
+    Raises InputError for one whose tokens are not the student's.
     """
-    teacher, views = recipe.objective.teacher, recipe.data.views
+    teacher = recipe.objective.teachers[name]
+    place = teacher_place(name)
     if teacher.weights is None and not teacher.random:
         raise InputError(
-            "objective.teacher.weights: a teacher needs weights; "
-            "set objective.teacher.weights.checkpoint=PATH"
+            f"{place}.weights: a teacher needs weights; set {place}.weights.checkpoint=PATH"
         )
-    weights = teacher.weights
-    if weights is not None:
-        check_sha256(weights)
+    if teacher.weights is not None:
+        check_sha256(teacher.weights)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.run.seed)
-        return create_teacher(
-            schema.vit_size(teacher.size),
-            checkpoint=weights and weights.checkpoint,
-            frames=views.frames,
-            image_size=views.image_size,
-            num_layers=teacher.layers,
-            interval=teacher.interval,
-            activation=teacher.activation,
-            positions=teacher.positions,
-            random=teacher.random,
-            checkpoint_frames=weights and weights.frames,
-            allow_unused=weights.allow_unused if weights else (),
+        built = _create_teacher(teacher, recipe.data.views)
+    grid = token_grid(recipe.data.views)
+    if built.grid != grid:
+        raise InputError(
+            f"{place}: its tokens are {_times(built.grid)} of a clip, the student's "
+            f"{_times(grid)}; set {place}.image_size to one that gives as many"
         )
+    return built
+
+
+def _create_teacher(teacher: schema.Teacher, views: schema.Views) -> Teacher:
+    weights = teacher.weights
+    frames = teacher.frames or views.frames
+    settings = {
+        "checkpoint": weights and weights.checkpoint,
+        "random": teacher.random,
+        "frames": frames,
+        "image_size": teacher.image_size or views.image_size,
+        "num_layers": teacher.layers,
+        "interval": teacher.interval,
+        "mean": teacher.mean,
+        "std": teacher.std,
+        "allow_unused": weights.allow_unused if weights else (),
+    }
+    size = schema.vit_size(teacher.size)
+    tubelet = frames // views.frames
+    match teacher.kind:
+        case "internvideo2":
+            return create_teacher(
+                size,
+                **settings,
+                tubelet=tubelet,
+                activation=teacher.activation,
+                positions=teacher.positions,
+                checkpoint_frames=weights and weights.frames,
+            )
+        case "internvl":
+            return create_teacher(
+                size, family="internvl", **settings, activation=teacher.activation
+            )
+        case "videomae":
+            return create_teacher(size, family="videomae", **settings, tubelet=tubelet)
+        case "timm":
+            raise InputError("timm is to come")
+
+
+@dataclass(frozen=True)
+class TeacherShape:
+    """What a student and a record need to know of a teacher; `pooled_width` 0 is none."""
+
+    width: int
+    pooled_width: int
+    has_cls: bool
+    has_attention: bool
+
+
+def teacher_shape(recipe: schema.Recipe, name: str = schema.MAIN) -> TeacherShape:
+    """The shape of a teacher's targets, without its weights."""
+    teacher = recipe.objective.teachers[name]
+    if teacher.kind == "timm":
+        built = meta_teacher(recipe, name)
+        return TeacherShape(
+            built.embed_dim, built.pooled_width or 0, built.has_cls, built.has_attention
+        )
+    size = resolve_size(schema.vit_size(teacher.size))
+    if teacher.kind == "videomae":
+        return TeacherShape(size.width, 0, has_cls=False, has_attention=False)
+    return TeacherShape(size.width, size.pooled_width, has_cls=True, has_attention=True)
+
+
+def meta_teacher(recipe: schema.Recipe, name: str = schema.MAIN) -> Teacher:
+    """A teacher without memory for its weights: to count and to ask."""
+    section = recipe.objective.teachers[name]
+    return _meta_teacher(
+        section.model_copy(update={"weights": None, "random": True}), recipe.data.views
+    )
+
+
+@cache
+def _meta_teacher(teacher: schema.Teacher, views: schema.Views) -> Teacher:
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return _create_teacher(teacher, views)
+
+
+def teacher_depth(recipe: schema.Recipe, name: str = schema.MAIN) -> int:
+    """How many blocks a teacher has."""
+    teacher = recipe.objective.teachers[name]
+    if teacher.kind == "timm":
+        return meta_teacher(recipe, name).depth
+    return resolve_size(schema.vit_size(teacher.size)).depth
+
+
+def teacher_place(name: str) -> str:
+    """A teacher's section in a recipe."""
+    return f"objective.others.{name}" if name else "objective.teacher"
+
+
+def _times(grid: tuple[int, int, int]) -> str:
+    return "x".join(map(str, grid))
 
 
 def load_recipe_weights(model: VideoViT, weights: schema.Weights) -> list[LoadReport]:

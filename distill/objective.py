@@ -15,7 +15,7 @@ from distill import draw
 from distill.kernels.alignment import alignment
 from distill.kernels.coded_targets import CodedTargets
 from distill.kernels.linear_alignment import linear_alignment
-from distill.recipe import Classify, Distill
+from distill.recipe import Classify, Distill, of_teacher
 from distill.students.classifier import VideoClassifier
 from distill.students.heads import Decoder
 from distill.students.student import DistillStudent
@@ -67,25 +67,30 @@ def draw_head_keep(
 
 
 class DistillObjective(nn.Module):
-    """Aligns a student's projections with the teacher's middle layers and pooled vector."""
+    """Aligns a student's projections with its teachers' middle layers and a pooled vector."""
 
     def __init__(self, student: DistillStudent, section: Distill, *, seed: int) -> None:
         super().__init__()
         self.student = student
         self.seed = seed
         self.middle_weight, self.pooled_weight = section.loss_weights
+        self.other_weights = {name: other.weight for name, other in section.others.items()}
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """Losses `loss`, `middle`, `pooled` and one per layer, `layer_00` upwards.
 
-        The batch holds clip_id [B], patches uint8 [B,M-1,U], tokens [B,M-1], the targets
-        middle [K,B,M,E] (or codes of it) and pooled [B,P], and the epoch. Accumulates in float32.
+        Of another teacher there are NAME, its layers' mean, and `NAME_layer_00` upwards. The
+        batch holds clip_id [B], patches uint8 [B,M-1,U], tokens [B,M-1], the targets middle
+        [K,B,M,E] and middle.NAME (or codes of them) and pooled [B,P], and the epoch. Targets of
+        a teacher without a class token have M-1 rows. Accumulates in float32.
         """
         student = self.student
         keep = draw_keep(student, batch["clip_id"], seed=self.seed, epoch=batch["epoch"])
-        states, pooled, _ = student.decoder_inputs(
+        states, pooled, others = student.decoder_inputs(
             patches=batch["patches"], tokens=batch["tokens"], keep=keep
         )
+        if batch["middle"].shape[2] == batch["tokens"].shape[1]:
+            states = [state[:, 1:] for state in states]
         layers = align_layers(
             student.clip_decoder,
             states,
@@ -93,12 +98,21 @@ class DistillObjective(nn.Module):
             upstream=self.middle_weight / len(states),
         )
         middle = layers.mean()
-        final = self._final(pooled, batch["pooled"])
+        final = self._final(pooled, batch.get("pooled"))
         loss = self.middle_weight * middle + self.pooled_weight * final
-        named = {f"layer_{index:02d}": layer for index, layer in enumerate(layers.detach())}
-        return {"loss": loss, "middle": middle.detach(), "pooled": final.detach(), **named}
+        named = {"middle": middle.detach(), "pooled": final.detach(), **_named(layers)}
+        for name, weight in self.other_weights.items():
+            layers = align_layers(
+                student.get_submodule(f"{name}_decoder"),
+                others[name],
+                batch[of_teacher("middle", name)],
+                upstream=weight / len(others[name]),
+            )
+            loss = loss + weight * layers.mean()
+            named |= {name: layers.detach().mean(), **_named(layers, f"{name}_")}
+        return {"loss": loss, **named}
 
-    def _final(self, pooled: Tensor, target: Tensor) -> Tensor:
+    def _final(self, pooled: Tensor, target: Tensor | None) -> Tensor:
         decode = self.student.final_clip_decoder
         if self.pooled_weight == 0 or isinstance(decode, nn.Identity):
             return torch.zeros((), device=pooled.device)
@@ -106,6 +120,10 @@ class DistillObjective(nn.Module):
         weight, bias = [decode.norm.weight], [decode.norm.bias]
         target = target[None, :, None]  # [1,B,1,P]
         return alignment([raw], weight, bias, target, upstream=self.pooled_weight)[0]
+
+
+def _named(layers: Tensor, prefix: str = "") -> dict[str, Tensor]:
+    return {f"{prefix}layer_{index:02d}": one for index, one in enumerate(layers.detach())}
 
 
 @torch.no_grad()

@@ -11,33 +11,46 @@ from distill.cost import (
     StepCost,
     activation_bytes,
     count_parameters,
-    forward_macs,
     num_tokens,
     record_bytes,
     record_tokens,
     student_cost,
     teacher_bytes,
+    teacher_macs,
     teacher_parameters,
 )
 from distill.data.index import read_list
 from distill.errors import InputError
 from distill.models import build_model
 from distill.optim import make_schedule
-from distill.recipe import Distill, Recipe, Size, vit_size
-from distill.students.vit import resolve_size
+from distill.recipe import Distill, Recipe, Size, Teacher
 
 SUSTAINED_TFLOPS = 400.0  # a guess for one H100 in half precision, about 40 % of its peak
 
 
 @dataclass(frozen=True)
+class OneTeacher:
+    """A teacher by itself."""
+
+    size: str
+    parameters: int
+    forward_tflop: float
+
+
+@dataclass(frozen=True)
 class TeacherPlan:
-    """What the teacher adds; `step_tflop_all_embedded` is the student's step as published."""
+    """What teachers add; `step_tflop_all_embedded` is the student's step as published.
+
+    Size and parameters are the main teacher's, TFLOP and hours those of all together; `each`
+    has them one by one, the main one first.
+    """
 
     size: str
     parameters: int
     forward_tflop: float
     step_tflop_all_embedded: float
     live_hours: float
+    each: dict[str, OneTeacher]
 
 
 @dataclass(frozen=True)
@@ -151,15 +164,23 @@ def make_plan(recipe: Recipe, *, sustained_tflops: float = SUSTAINED_TFLOPS) -> 
 def _plan_teacher(
     recipe: Recipe, clips: int, cost: StepCost, sustained_tflops: float
 ) -> TeacherPlan:
-    size = resolve_size(vit_size(recipe.objective.teacher.size))
-    forward_tflop = 2e-12 * forward_macs(size, num_tokens(recipe)[0])
+    each = {
+        name or "main": OneTeacher(
+            size=_teacher_name(section),
+            parameters=teacher_parameters(recipe, name),
+            forward_tflop=2e-12 * teacher_macs(recipe, name),
+        )
+        for name, section in recipe.objective.teachers.items()
+    }
+    forward_tflop = sum(teacher.forward_tflop for teacher in each.values())
     live_tflop = recipe.optim.epochs * clips * (forward_tflop + cost.step)
     return TeacherPlan(
-        size=_size_name(recipe.objective.teacher.size),
-        parameters=teacher_parameters(recipe),
+        size=each["main"].size,
+        parameters=each["main"].parameters,
         forward_tflop=forward_tflop,
         step_tflop_all_embedded=student_cost(recipe, embed_all=True).step,
         live_hours=_hours(live_tflop, sustained_tflops),
+        each=each,
     )
 
 
@@ -237,7 +258,6 @@ def plan_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "training step", f"{_flops(plan.step_tflop)} a clip, of which forward {forward}"
     teacher, cache = plan.teacher, plan.cache
     if teacher is not None:
-        share = teacher.forward_tflop / (teacher.forward_tflop + plan.step_tflop)
         yield (
             "as published",
             (
@@ -245,13 +265,15 @@ def plan_rows(plan: Plan) -> Iterator[tuple[str, str]]:
                 "drops the masked ones"
             ),
         )
-        yield (
-            "teacher",
-            (
-                f"{teacher.size}: {teacher.parameters:,} parameters, "
-                f"{_flops(teacher.forward_tflop)} a clip, {share:.1%} of a step with live targets"
-            ),
-        )
+        for name, one in teacher.each.items():
+            label = "teacher" if name == "main" else f"teacher {name}"
+            what = f"{one.size}: {one.parameters:,} parameters"
+            if len(teacher.each) == 1:
+                yield label, f"{what}, {_looks(teacher, plan)}"
+            else:
+                yield label, f"{what}, {_flops(one.forward_tflop)} a clip"
+        if len(teacher.each) > 1:
+            yield "teachers", _looks(teacher, plan)
     if cache is not None:
         fields = ", ".join(f"{name} {size:,}" for name, size in cache.record_bytes.items())
         yield "cached view", f"{cache.view_bytes:,} bytes a clip: {fields}"
@@ -262,6 +284,11 @@ def plan_rows(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "memory, cache", f"about {_size(cache.build_memory_gb * 1e9)}"
     yield "memory, training", f"about {_size(plan.memory_gb * 1e9)}"
     yield from _time_rows(plan)
+
+
+def _looks(teacher: TeacherPlan, plan: Plan) -> str:
+    share = teacher.forward_tflop / (teacher.forward_tflop + plan.step_tflop)
+    return f"{_flops(teacher.forward_tflop)} a clip, {share:.1%} of a step with live targets"
 
 
 def together_rows(plan: TogetherPlan) -> Iterator[tuple[str, str]]:
@@ -317,6 +344,13 @@ def _time(hours: float) -> str:
     if hours >= 1:
         return f"{hours:,.1f} hours"
     return f"{60 * hours:.0f} minutes" if hours >= 1 / 60 else "under a minute"
+
+
+def _teacher_name(teacher: Teacher) -> str:
+    if teacher.kind == "timm":
+        return f"timm {teacher.model}"
+    name = _size_name(teacher.size)
+    return name if teacher.kind == "internvideo2" else f"{teacher.kind} {name}"
 
 
 def _size_name(size: str | Size) -> str:

@@ -16,6 +16,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+MAIN = ""  # the name of a distillation's main teacher, where all have names
+Channels = tuple[float, float, float]
 KeptTokens = Literal["visible", "superset", "all"]
 KeptPixels = Literal["visible", "full"]
 
@@ -81,7 +83,19 @@ class Model(Section):
 class Teacher(Section):
     """A frozen teacher; `random: true` in place of weights is for measuring and testing only."""
 
-    size: Literal["1B", "6B", "S14", "B14", "L14"] | Size
+    kind: Literal["internvideo2", "internvl", "videomae", "timm"] = "internvideo2"
+    size: Literal["1B", "6B", "S14", "B14", "L14"] | Size | None = Field(
+        None, description="of all kinds but timm; internvl's is 6B's and videomae's 1B's"
+    )
+    model: str | None = Field(None, description="of kind timm: the model's name there")
+    frames: PositiveInt | None = Field(
+        None, description="that it takes of a view; of more than the student's, two make a token"
+    )
+    image_size: PositiveInt | None = Field(
+        None, description="that views are resized to for it; the student's when not given"
+    )
+    mean: Channels | None = Field(None, description="that its input is normalised with, and")
+    std: Channels | None = Field(None, description="this; the model's own when not given")
     weights: Weights | None = None
     random: bool = False
     positions: Literal["joint", "separable"] = "joint"
@@ -89,6 +103,13 @@ class Teacher(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     layers: PositiveInt = 6
     interval: Positive = 3.34
+
+
+class OtherTeacher(Teacher):
+    """A teacher beside the main one, whose middle layers alone are learned from."""
+
+    weight: Positive = Field(1.0, description="of its loss")
+    decoder: Literal["mlp", "linear"] = "mlp"
 
 
 class Demo(Section):
@@ -190,7 +211,9 @@ class Data(Section):
 
 
 class Mask(Section):
-    kind: Literal["attention", "tube", "random"] = "attention"
+    """Which tokens a student sees; per frame, as many of each frame."""
+
+    kind: Literal["attention", "attention-per-frame", "tube", "random"] = "attention"
     ratio: BelowOne = 0.8
 
 
@@ -212,10 +235,14 @@ class Cache(Section):
 
 
 class Distill(Section):
-    """Align a student with a frozen teacher's middle layers and pooled vector."""
+    """Align a student with a frozen teacher's middle layers and pooled vector.
+
+    The attention of `teacher` guides the mask. Others, by name, add their middle layers' losses.
+    """
 
     kind: Literal["distill"]
     teacher: Teacher
+    others: dict[str, OtherTeacher] = {}
     mask: Mask = Mask()
     decoder: Literal["mlp", "linear"] = "mlp"
     loss_weights: tuple[NonNegative, NonNegative] = (1.0, 1.0)
@@ -223,6 +250,16 @@ class Distill(Section):
         "cached", description="hybrid reads what the cache has and makes the rest on the spot"
     )
     cache: Cache | None = None
+
+    @property
+    def teachers(self) -> dict[str, Teacher]:
+        """All of them by name, the main one first, as `MAIN`."""
+        return {MAIN: self.teacher, **self.others}
+
+
+def of_teacher(field: str, name: str) -> str:
+    """What a field of a teacher's is called: `codes` of the main one, `codes.mae` of another."""
+    return f"{field}.{name}" if name else field
 
 
 class Mixing(Section):
@@ -323,6 +360,18 @@ class Recipe(Section):
     objective: Annotated[Distill | Classify, Field(discriminator="kind")]
     optim: Optim
     evaluate: Evaluate = Evaluate()
+
+
+def read_views(recipe: Recipe) -> Views:
+    """The views that videos are read as: with the frames of the teacher that takes most.
+
+    Whoever takes fewer has every n-th of them from the first on, the student too.
+    """
+    views = recipe.data.views
+    if not isinstance(recipe.objective, Distill):
+        return views
+    frames = [teacher.frames or 0 for teacher in recipe.objective.teachers.values()]
+    return views.model_copy(update={"frames": max(views.frames, *frames)})
 
 
 class Study(Section):

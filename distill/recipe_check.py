@@ -20,12 +20,15 @@ from distill.recipe import (
     Section,
     vit_size,
 )
-from distill.students.vit import PATCH, ViTSize, resolve_size
-from distill.teachers import return_layers
+from distill.students.vit import PATCH, resolve_size
+from distill.teacher_check import distill_errors, named_teachers
 
 Keys = tuple[str, ...]
 Origins = dict[Keys, str]  # what a message about the value at these keys starts with
 
+ATTENTIVE = ("internvideo2", "internvl")  # teachers whose pool says where to look
+TEACHER_NAME = re.compile(r"[a-z][a-z0-9_]*")
+TAKEN_NAMES = ("clip", "final_clip", "layer", "loss", "middle", "pooled")  # of keys and losses
 STAGE = "stage:"  # a checkpoint of this form is an earlier stage of the study
 
 
@@ -99,7 +102,7 @@ def _shared_settings(recipe: Recipe) -> dict[str, Any]:
         include={
             "run": {"seed", "kernels"},
             "data": {"train", "views"},
-            "objective": {"mask", "teacher", "cache"},
+            "objective": {"mask", "teacher", "others", "cache"},
         },
     )
 
@@ -172,6 +175,8 @@ def _unknown(model: type[Section], tree: Any, keys: Keys) -> str:
     sections: list[type[BaseModel]] = [model]
     for key in keys[:-1]:
         tree = tree[key]
+        if not any(key in section.model_fields for section in sections):
+            continue  # a teacher's name
         sections = [
             below
             for section in sections
@@ -237,21 +242,13 @@ def _contradictions(recipe: Recipe, earlier: Collection[str] | None) -> Iterator
             yield (*keys, "checkpoint"), "must be a file; stages have no vision encoder to take"
         else:
             yield from _stage_errors((*keys, "checkpoint"), weights.checkpoint, earlier)
-    sizes = {}
-    own_sizes = [(("model", "size"), model.size)]
+    try:
+        size = resolve_size(vit_size(model.size))
+    except ValueError as error:
+        yield ("model", "size"), str(error)
+        size = None
     if isinstance(recipe.objective, Distill):
-        own_sizes.append((("objective", "teacher", "size"), recipe.objective.teacher.size))
-    for keys, size in own_sizes:
-        try:
-            sizes[keys[0]] = resolve_size(vit_size(size))
-        except ValueError as error:
-            yield keys, str(error)
-    if isinstance(recipe.objective, Distill):
-        yield from _distill_errors(recipe.objective, **sizes)
-        if recipe.objective.teacher.weights and recipe.objective.teacher.weights.extra:
-            yield ("objective", "teacher", "weights", "extra"), "is for model.weights alone"
-        if model.tubelet != 1:
-            yield ("model", "tubelet"), "must be 1, as a teacher's targets are a patch each"
+        yield from distill_errors(recipe, recipe.objective, student=size)
         yield from _classify_only(recipe)
     else:
         yield from probe_errors(recipe, recipe.objective)
@@ -286,39 +283,6 @@ def _augment_errors(recipe: Recipe) -> Iterator[tuple[Keys, str]]:
             yield ("optim", name), "must be even, as objective.mixing mixes clips in pairs"
 
 
-def _distill_errors(
-    section: Distill, *, model: ViTSize | None = None, objective: ViTSize | None = None
-) -> Iterator[tuple[Keys, str]]:
-    teacher, cache = section.teacher, section.cache
-    if model and teacher.layers > model.depth:
-        yield (
-            ("objective", "teacher", "layers"),
-            f"is {teacher.layers}, but the student has {model.depth} blocks",
-        )
-    if objective:
-        try:
-            return_layers(objective.depth, teacher.layers, teacher.interval)
-        except ValueError as error:
-            yield ("objective", "teacher", "interval"), str(error)
-    if section.targets != "live" and cache is None:
-        yield (
-            ("objective", "cache"),
-            "missing: give it a folder, or set objective.targets=live",
-        )
-    if cache and cache.tokens == "superset" and section.mask.kind == "tube":
-        yield (
-            ("objective", "cache", "tokens"),
-            "a tube mask has no superset; set visible (the mask of a view stays) or all",
-        )
-    if teacher.random and teacher.weights:
-        yield ("objective", "teacher", "random"), "contradicts objective.teacher.weights"
-    if not (teacher.random or teacher.weights or (cache and cache.teacher_hash)):
-        yield (
-            ("objective", "teacher", "weights"),
-            "missing: a teacher is random only where the recipe says 'random: true'",
-        )
-
-
 def _stage_errors(
     keys: Keys, checkpoint: str, earlier: Collection[str] | None
 ) -> Iterator[tuple[Keys, str]]:
@@ -336,8 +300,10 @@ def _weights(recipe: Recipe) -> Iterator[tuple[Keys, Checkpoint]]:
         yield ("model", "weights"), recipe.model.weights
         if recipe.model.weights.extra is not None:
             yield ("model", "weights", "extra"), recipe.model.weights.extra
-    if isinstance(recipe.objective, Distill) and recipe.objective.teacher.weights is not None:
-        yield ("objective", "teacher", "weights"), recipe.objective.teacher.weights
+    if isinstance(recipe.objective, Distill):
+        for keys, teacher in named_teachers(recipe.objective):
+            if teacher.weights is not None:
+                yield (*keys, "weights"), teacher.weights
 
 
 def missing_inputs(
@@ -380,13 +346,13 @@ def missing_inputs(
 
 
 def _has_cache(recipe: Recipe) -> bool:
-    """Whether there is a cache whose teacher the recipe knows by its hash."""
+    """Whether there is a cache whose teachers the recipe knows by their hashes."""
     section = recipe.objective
     if not isinstance(section, Distill) or section.targets != "cached":
         return False
-    weights = section.teacher.weights
-    is_known = section.cache.teacher_hash or (weights is not None and weights.sha256)
-    return bool(is_known) and bool(open_folder(section.cache.folder).sizes())
+    hashes = [own.weights and own.weights.sha256 for own in section.teachers.values()]
+    hashes[0] = section.cache.teacher_hash or hashes[0]
+    return all(hashes) and bool(open_folder(section.cache.folder).sizes())
 
 
 def _missing_list(clips: ClipList, key: str, *, reads_videos: bool) -> Iterator[str]:

@@ -149,7 +149,7 @@ def test_an_empty_cache_is_live_with_the_means_of_a_build(videos, whole, tmp_pat
 def test_a_cache_without_gaps_needs_neither_teacher_nor_videos(
     videos, whole, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(hybrid, "cached_teacher", None)
+    monkeypatch.setattr(hybrid, "cached_teachers", None)
     monkeypatch.setattr(hybrid, "check_videos", None)
     batches = open_batches(recipe(videos, whole), tmp_path)
     assert batches.live is None
@@ -169,7 +169,7 @@ def test_a_remote_cache_may_have_gaps_too(videos, whole, partial, tmp_path):
 def test_views_that_no_epoch_reads_may_be_missing(videos, tmp_path, monkeypatch):
     one = recipe(videos, tmp_path / "cache", objective__cache__views=1)
     build_cache(one, progress=no_progress)
-    monkeypatch.setattr(hybrid, "cached_teacher", None)
+    monkeypatch.setattr(hybrid, "cached_teachers", None)
     batches = open_batches(recipe(videos, tmp_path / "cache", optim__epochs=1), tmp_path)
     assert batches.live is None
 

@@ -346,7 +346,9 @@ def test_other_views_than_the_recipe_draws_are_found(real, monkeypatch):
 
 def test_another_teacher_is_found(real, monkeypatch):
     other = real.model_copy(update={"run": real.run.model_copy(update={"seed": 1})})
-    monkeypatch.setattr("distill.cache.live.build_teacher", lambda _: build_teacher(other))
+    monkeypatch.setattr(
+        "distill.cache.live.build_teacher", lambda _, name: build_teacher(other, name)
+    )
     report = again(real)
     assert report.same_pixels == 4
     assert sum("its teacher is another one" in line for line in report.problems) == 4

@@ -258,7 +258,7 @@ DISTILL = {
 CLASSIFY = {"kind": "classify", "num_classes": 3}
 STARTS = {
     "training": (train, DISTILL, lambda recipe: train.train_unfinished([(recipe, None)])),
-    "a cache's teacher": (live, DISTILL, live.cached_teacher),
+    "a cache's teacher": (live, DISTILL, live.cached_teachers),
     "evaluation": (evaluate, CLASSIFY, lambda recipe: evaluate.evaluate_recipe(recipe, "w.pt")),
 }
 

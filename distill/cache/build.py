@@ -19,7 +19,7 @@ from distill.cache.calibrate import read_codec, sample_clips, with_codec
 from distill.cache.codes import Codec
 from distill.cache.identity import cache_identity, distill_section
 from distill.cache.index import load_index
-from distill.cache.live import cached_teacher, calibrate, make_records, view_loader
+from distill.cache.live import cached_teachers, calibrate, make_records, view_loader
 from distill.cache.quarantine import open_quarantine, quarantine_files, quarantined_ids
 from distill.cache.record import record_fields
 from distill.cache.store import Folder, open_folder, remove_leftovers, temporary_name
@@ -123,18 +123,18 @@ def build_cache(
         _check_writable(folder)  # rather than after the means were measured
         # A wrong folder would fill the quarantine.
         check_videos([clips[i] for i in np.flatnonzero(wanted.any(axis=0))], recipe.data.train)
-        teacher = cached_teacher(recipe)
+        teachers = cached_teachers(recipe)
         if codec is None:
             first = int(part_of[wanted.any(axis=0)][0])  # it has work, so it loads a teacher
             codec = _await_means(folder, identity, Part(first, part.count), own=part)
         if codec is None:
             sample = sample_clips(listed, seed=section.cache.seed)
             with progress(f"calibrate {folder}", total=len(sample), unit="clips") as bar:
-                codec = calibrate(recipe, folder, identity, sample, teacher, advance=bar.advance)
+                codec = calibrate(recipe, folder, identity, sample, teachers, advance=bar.advance)
         title = f"cache {folder}" + (f", {part}" if part.count > 1 else "")
         with progress(title, total=total, unit="views", done=total - int(own.sum())) as bar:
             identity = with_codec(identity, codec)
-            with closing(_write(recipe, folder, identity, clips, own, teacher, codec)) as batches:
+            with closing(_write(recipe, folder, identity, clips, own, teachers, codec)) as batches:
                 for count, size_bytes, waited in batches:
                     written += count
                     size = log.size_text(size_bytes)
@@ -203,7 +203,7 @@ def _write(
     identity: dict,
     clips: list[Clip],
     wanted: np.ndarray,
-    teacher: Teacher,
+    teachers: dict[str, Teacher],
     codec: Codec,
 ) -> Iterator[tuple[int, int, float]]:
     """Make the wanted records [V,C].
@@ -226,7 +226,7 @@ def _write(
     ):
         for items in batches:
             if items:
-                writer.put(items, record_fields(make_records(recipe, teacher, items), codec=codec))
+                writer.put(items, record_fields(make_records(recipe, teachers, items), codec=codec))
             elapsed = max(time.monotonic() - started, 1e-9)
             yield len(items), writer.record_bytes, min(loader.wait_seconds / elapsed, 1.0)
     yield 0, writer.committed_bytes, min(loader.wait_seconds / elapsed, 1.0)

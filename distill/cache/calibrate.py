@@ -6,7 +6,8 @@ writer codes with it, and every shard names it by its hash.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 
 import torch
@@ -17,12 +18,13 @@ from torch import Tensor
 
 from distill import draw
 from distill.cache.codes import BITS, Codec
-from distill.cache.identity import MEANS, MEANS_FILE, require_identity
+from distill.cache.identity import MEANS, MEANS_FILE, other_teachers, require_identity
 from distill.cache.sealed import canonical
 from distill.cache.store import Folder
 from distill.data.index import Clip
 from distill.data.load import ClipLoader, Task, View
 from distill.errors import StateError
+from distill.recipe import of_teacher
 
 CALIBRATION_CLIPS = 64
 
@@ -40,14 +42,19 @@ def read_codec(folder: Folder, identity: dict) -> Codec | None:
     """
     kind = identity["objective.cache.codes"]
     if kind not in BITS:
-        return Codec(kind)
+        return Codec(kind, others={name: Codec(kind) for name in other_teachers(identity)})
     if MEANS_FILE not in folder.sizes(MEANS_FILE):
         return None
     content = folder.read(MEANS_FILE)
     try:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         written = json.loads(header["__metadata__"]["written"])
-        codec = Codec(kind, means=load(content)["means"])
+        means = load(content)
+        others = {
+            name: Codec(kind, means=means[of_teacher("means", name)])
+            for name in other_teachers(written["identity"])
+        }
+        codec = Codec(kind, means=means["means"], others=others)
         found, sha256 = written["identity"], written["sha256"]
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise _damaged(folder) from error
@@ -57,15 +64,21 @@ def read_codec(folder: Folder, identity: dict) -> Codec | None:
     return codec
 
 
-def write_codec(folder: Folder, identity: dict, means: Tensor) -> Codec:
+def write_codec(
+    folder: Folder, identity: dict, means: Tensor, others: Mapping[str, Tensor] | None = None
+) -> Codec:
     """Keep the means of a cache that has none yet; returns the codec of those it then has.
 
-    Whole or not at all, and never in the place of others: of writers that come at once one wins,
-    and the others take its means.
+    `others` are the means of the other teachers, by name. Whole or not at all, and never in the
+    place of others: of writers that come at once one wins, and the others take its means.
     """
-    codec = Codec(identity["objective.cache.codes"], means=means)
+    kind, others = identity["objective.cache.codes"], others or {}
+    codec = Codec(
+        kind, means=means, others={name: Codec(kind, means=own) for name, own in others.items()}
+    )
     written = canonical({"identity": identity, "sha256": codec.means_sha256})
-    folder.create(MEANS_FILE, save({"means": means}, metadata={"written": written}))
+    tensors = {"means": means, **{of_teacher("means", name): own for name, own in others.items()}}
+    folder.create(MEANS_FILE, save(tensors, metadata={"written": written}))
     return read_codec(folder, identity)
 
 
@@ -80,31 +93,34 @@ def measure_means(
     clips: Sequence[Clip],
     *,
     loader: ClipLoader,
-    middle: Callable[[list[tuple[Task, View]]], Tensor],
+    middle: Callable[[list[tuple[Task, View]]], Mapping[str, Tensor]],
     batch_size: int,
     advance: Callable[[int], None],
-) -> Tensor:
+) -> dict[str, Tensor]:
     """Float32 means [K,E] over the rows of the clips' first views, accumulated in float64.
 
-    `middle` turns loaded views into the teacher's rows [K,B,M,E], and `advance` is told how many
-    clips a batch had. Clips that cannot be decoded are left out; raises StateError when none can.
+    `middle` turns loaded views into rows [K,B,M,E] by their teacher's name, and `advance` is told
+    how many clips a batch had. Clips that cannot be decoded are left out; raises StateError when
+    none can.
     """
-    total, count = 0.0, 0
+    totals: dict[str, Tensor] = {}
+    counts: Counter[str] = Counter()
     places = range(0, len(clips), batch_size)
     tasks = [[Task(clip, view=0) for clip in clips[place : place + batch_size]] for place in places]
     with closing(loader.run(tasks)) as batches:
         for items in batches:
             if items:
-                rows = middle(items)
-                total = total + reduce(rows.double(), "k b m e -> k e", "sum").cpu()
-                count += rows.shape[1] * rows.shape[2]
+                for name, rows in middle(items).items():
+                    own = reduce(rows.double(), "k b m e -> k e", "sum").cpu()
+                    totals[name] = totals[name] + own if name in totals else own
+                    counts[name] += rows.shape[1] * rows.shape[2]
             advance(len(items))
-    if not count:
+    if not totals:
         raise StateError(
             f"none of the {len(clips)} clips that the codes would be calibrated on can be decoded; "
             "check data.train.list and data.train.prefix"
         )
-    return (total / count).float()
+    return {name: (total / counts[name]).float() for name, total in totals.items()}
 
 
 def _damaged(folder: Folder) -> StateError:

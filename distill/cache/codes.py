@@ -17,7 +17,7 @@ not noise (RaBitQ's correction; Gao and Long, 2024, arXiv:2405.12497).
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 
 import torch
@@ -35,9 +35,14 @@ ITERATIONS = 500  # of 256 levels the error is within 0.02 % of its limit then, 
 
 
 class Codec:
-    """Codes of one kind. `means` float32 [K,E] are the layers' means; half precision has none."""
+    """Codes of one kind. `means` float32 [K,E] are the layers' means; half precision has none.
 
-    def __init__(self, kind: str, *, means: Tensor | None = None) -> None:
+    `others` are the codecs of a record's other teachers, by name.
+    """
+
+    def __init__(
+        self, kind: str, *, means: Tensor | None = None, others: "Mapping[str, Codec] | None" = None
+    ) -> None:
         if kind != "fp16" and kind not in BITS:
             raise ValueError(f"unknown codes {kind!r}; choose fp16, {', '.join(BITS)}")
         if (means is None) != (kind == "fp16"):
@@ -45,18 +50,27 @@ class Codec:
         self.kind = kind
         self.bits = BITS.get(kind)
         self.means = means
+        self.others = dict(others or {})
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def of_layers(self, layers: Sequence[int]) -> "Codec":
-        """The codec of these layers alone."""
+        """The codec of these layers of the teacher alone."""
         return Codec(self.kind, means=None if self.means is None else self.means[list(layers)])
+
+    def of_teachers(self, names: Collection[str]) -> "Codec":
+        """The codec of the main teacher and, of the others, of these alone."""
+        others = {name: codec for name, codec in self.others.items() if name in names}
+        return Codec(self.kind, means=self.means, others=others)
 
     @property
     def means_sha256(self) -> str | None:
-        """What tells its means from others'."""
+        """What tells its means, those of all teachers, from others'."""
         if self.means is None:
             return None
-        return hashlib.sha256(self.means.contiguous().numpy().tobytes()).hexdigest()
+        digest = hashlib.sha256(self.means.contiguous().numpy().tobytes())
+        for name, other in sorted(self.others.items()):
+            digest.update(f"{name} {other.means_sha256}".encode())
+        return digest.hexdigest()
 
     def encode(self, middle: Tensor) -> dict[str, Tensor]:
         """Fields of a record from float32 rows [...,K,M,E]: `codes`, and `scales` [...,K,M].

@@ -18,7 +18,7 @@ from distill import log
 from distill.cache.calibrate import read_codec, sample_clips
 from distill.cache.codes import Codec
 from distill.cache.identity import cache_identity
-from distill.cache.live import cached_teacher, calibrate, make_records, view_loader
+from distill.cache.live import cached_teachers, calibrate, make_records, view_loader
 from distill.cache.read import Cache, CachedBatches
 from distill.cache.record import record_fields
 from distill.cache.store import open_folder
@@ -35,9 +35,9 @@ class LiveRecords:
     """Makes the records that a cache lacks, with its codec. `loader` decodes their views."""
 
     def __init__(
-        self, recipe: Recipe, teacher: Teacher, codec: Codec, quarantine: Quarantine
+        self, recipe: Recipe, teachers: dict[str, Teacher], codec: Codec, quarantine: Quarantine
     ) -> None:
-        self.recipe, self.teacher, self.codec = recipe, teacher, codec
+        self.recipe, self.teachers, self.codec = recipe, teachers, codec
         self.quarantine = quarantine
         self.loader = view_loader(recipe, quarantine)
 
@@ -46,7 +46,7 @@ class LiveRecords:
         size = self.recipe.objective.cache.batch_size
         parts = []
         for start in range(0, len(items), size):
-            records = make_records(self.recipe, self.teacher, items[start : start + size])
+            records = make_records(self.recipe, self.teachers, items[start : start + size])
             fields = record_fields(records, codec=self.codec)
             parts.append({name: value.cpu() for name, value in fields.items()})
         tasks = [task for task, _ in items]
@@ -172,13 +172,13 @@ def open_hybrid(
     identity = cache_identity(recipe)
     clips = read_list(recipe.data.train, seed=seed)
     has_means = read_codec(where, identity) is not None
-    teacher = None
+    teachers = None
     if not has_means:
         check_videos(clips, recipe.data.train)
-        teacher = cached_teacher(recipe)
+        teachers = cached_teachers(recipe)
         sample = sample_clips(clips, seed=section.seed)
         with progress(f"calibrate {where}", total=len(sample), unit="clips") as bar:
-            calibrate(recipe, where, identity, sample, teacher, advance=bar.advance)
+            calibrate(recipe, where, identity, sample, teachers, advance=bar.advance)
     cache = Cache.open(where, recipe, identity=identity, allow_missing=True)
     cached = CachedBatches(cache, batch_size=recipe.optim.batch_size, seed=seed)
     by_id = {clip.id: clip for clip in clips}
@@ -199,5 +199,5 @@ def open_hybrid(
         max_share=recipe.data.max_quarantined,
         clips=own,
     )
-    teacher = teacher or cached_teacher(recipe)
-    return HybridBatches(cached, own, LiveRecords(recipe, teacher, cache.codec, quarantine))
+    teachers = teachers or cached_teachers(recipe)
+    return HybridBatches(cached, own, LiveRecords(recipe, teachers, cache.codec, quarantine))

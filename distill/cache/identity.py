@@ -4,15 +4,20 @@ The revisions are raised by hand when code changes what the same settings produc
 bytes). Package versions, decoder and device are no part of it.
 """
 
+import re
 from pathlib import Path
 
 from distill.errors import InputError, StateError
-from distill.recipe import Distill, Recipe, Teacher, vit_size
+from distill.models import teacher_depth
+from distill.recipe import MAIN, Distill, Recipe, Teacher, read_views, vit_size
 from distill.students.vit import SIZES, resolve_size
 from distill.students.warmstart import file_sha256
 from distill.teachers import return_layers
 
 REVISIONS = {"layout": 2, "sampling": 1, "augmentation": 1, "mask": 1, "codes": 2}
+OTHERS = "objective.others."
+WEIGHTS = " weights (sha256)"
+READ = "frames read"  # of a video, where a teacher takes more than the student
 MEANS_FILE = "means.safetensors"
 BLOCKS = "teacher blocks"  # whose outputs are kept: by objective.teacher's layers and interval
 MEANS = "codes means (sha256)"  # of shards alone: measured once for a cache, and kept beside them
@@ -27,12 +32,15 @@ def cache_identity(recipe: Recipe) -> dict:
     section = distill_section(recipe)
     views = recipe.data.views.model_dump(mode="json", exclude={"decoder", "sampling"})
     sampling = recipe.data.views.sampling.model_dump(mode="json")
+    num_read = read_views(recipe).frames
     return {
-        "teacher weights (sha256)": teacher_hash(recipe),
-        "objective.teacher.size": _size_name(section.teacher.size),
-        "objective.teacher.activation": section.teacher.activation,
-        "objective.teacher.precision": section.teacher.precision,
-        BLOCKS: _blocks(section.teacher),
+        **_main_identity(recipe),
+        **{
+            key: value
+            for name, teacher in section.others.items()
+            for key, value in _other_identity(recipe, name, teacher).items()
+        },
+        **({READ: num_read} if num_read != recipe.data.views.frames else {}),
         **{f"data.views.sampling.{name}": value for name, value in sampling.items()},
         **{f"data.views.{name}": value for name, value in views.items()},
         "objective.mask.kind": section.mask.kind,
@@ -43,6 +51,56 @@ def cache_identity(recipe: Recipe) -> dict:
         "objective.cache.seed": section.cache.seed,
         **{f"{name} revision": number for name, number in REVISIONS.items()},
     }
+
+
+def _main_identity(recipe: Recipe) -> dict:
+    """What the main teacher is; settings that came later are there where they are not usual."""
+    section = distill_section(recipe)
+    place = "objective.teacher"
+    values = {
+        "teacher weights (sha256)": teacher_hash(recipe),
+        **_settings(section.teacher, recipe, place),
+        BLOCKS: _blocks(recipe, MAIN),
+    }
+    if section.teacher.kind == "internvideo2":
+        del values[f"{place}.kind"]
+    return values
+
+
+def _other_identity(recipe: Recipe, name: str, teacher: Teacher) -> dict:
+    place = f"{OTHERS}{name}"
+    return {
+        f"{place}{WEIGHTS}": _weights_hash(teacher, recipe, place),
+        **_settings(teacher, recipe, place),
+        f"{place} blocks": _blocks(recipe, name),
+    }
+
+
+def _settings(teacher: Teacher, recipe: Recipe, place: str) -> dict:
+    """A teacher's settings by their names in a recipe; input of its own where it has some."""
+    views = recipe.data.views
+    values = {"kind": teacher.kind}
+    if teacher.kind == "timm":
+        values["model"] = teacher.model
+    else:
+        values["size"] = _size_name(teacher.size)
+    if teacher.kind == "internvideo2":
+        values["activation"] = teacher.activation
+    values["precision"] = teacher.precision
+    for field in ("frames", "image_size"):
+        own = getattr(teacher, field)
+        if own is not None and own != getattr(views, field):
+            values[field] = own
+    for field in ("mean", "std"):
+        if getattr(teacher, field) is not None:
+            values[field] = list(getattr(teacher, field))
+    return {f"{place}.{field}": value for field, value in values.items()}
+
+
+def other_teachers(identity: dict) -> list[str]:
+    """Names of the teachers, beside the main one, that a cache of this identity has rows of."""
+    pattern = re.compile(re.escape(OTHERS) + r"([a-z0-9]+) blocks")
+    return [match[1] for match in map(pattern.fullmatch, identity) if match]
 
 
 def distill_section(recipe: Recipe) -> Distill:
@@ -63,31 +121,49 @@ def teacher_hash(recipe: Recipe) -> str:
     tables it draws. Raises InputError when there is neither.
     """
     section = distill_section(recipe)
-    weights = section.teacher.weights
     if section.cache.teacher_hash is not None:
         return section.cache.teacher_hash.lower()
+    return _weights_hash(section.teacher, recipe, "objective.teacher")
+
+
+def _weights_hash(teacher: Teacher, recipe: Recipe, place: str) -> str:
+    weights = teacher.weights
     if weights is None:
-        tables = "" if section.teacher.positions == "joint" else ", separable positions"
+        tables = "" if teacher.positions == "joint" else ", separable positions"
         return f"random, seed {recipe.run.seed}{tables}"
     if weights.sha256 is not None:
         return weights.sha256.lower()
     if not Path(weights.checkpoint).exists():
+        is_main = not place.startswith(OTHERS)
+        key = "objective.cache.teacher_hash" if is_main else f"{place}.weights.sha256"
         raise InputError(
             f"teacher {weights.checkpoint}: no such file; to train from its cache without it, "
-            "set objective.cache.teacher_hash to its sha256"
+            f"set {key} to its sha256"
         )
     return file_sha256(weights.checkpoint)
 
 
-def adopt_blocks(found: dict, expected: dict) -> tuple[dict, list[int] | None]:
-    """The expected identity of a cache that keeps more of the teacher's blocks than are asked for.
+def adopt_more(found: dict, expected: dict) -> tuple[dict, dict[str, list[int]] | None]:
+    """The expected identity of a cache that keeps more of its teachers than is asked for.
 
-    With it come the places, among those it keeps, of the ones asked for; None for all of them.
+    That is more blocks of a teacher, or other teachers, for which more frames may have been
+    read. With it come, by teacher, the places of the blocks asked for where it keeps more of
+    them; None where this is not the difference.
     """
-    have, want = found.get(BLOCKS), expected[BLOCKS]
-    if have == want or not isinstance(have, list) or not set(want) <= set(have):
-        return expected, None
-    return {**expected, BLOCKS: have}, [have.index(block) for block in want]
+    adopted, places = dict(expected), {}
+    for name in (MAIN, *other_teachers(expected)):
+        key = f"{OTHERS}{name} blocks" if name else BLOCKS
+        have, want = found.get(key), expected[key]
+        if have != want and isinstance(have, list) and set(want) <= set(have):
+            adopted[key] = have
+            places[name] = [have.index(block) for block in want]
+    more = set(other_teachers(found)) - set(other_teachers(expected))
+    for name in more:
+        begins = (f"{OTHERS}{name} ", f"{OTHERS}{name}.")
+        adopted |= {key: value for key, value in found.items() if key.startswith(begins)}
+    if more and READ in found:
+        adopted[READ] = found[READ]
+    return adopted, places if places or more else None
 
 
 def require_identity(found: dict, expected: dict, *, where: str) -> None:
@@ -102,6 +178,12 @@ def require_identity(found: dict, expected: dict, *, where: str) -> None:
                 f"{'is not there' if want is None else f'holds {want}'}; put that file back, or "
                 "delete the folder and run 'distill cache-teacher' again"
             )
+        if name.startswith(OTHERS) and name.endswith(WEIGHTS) and have is None:
+            raise StateError(
+                f"{where}: holds nothing of {name.removesuffix(WEIGHTS)}; leave that teacher "
+                "out of the recipe, or set objective.cache.folder to a new folder and run 'distill "
+                "cache-teacher'"
+            )
         raise StateError(
             f"{where}: holds {name} {_text(have)}, the recipe asks for {_text(want)}; "
             f"{_advice(name, have)}set objective.cache.folder to a new folder and run "
@@ -110,7 +192,7 @@ def require_identity(found: dict, expected: dict, *, where: str) -> None:
 
 
 def _advice(name: str, have) -> str:
-    is_setting = name.startswith(("data.", "objective."))
+    is_setting = name.startswith(("data.", "objective.")) and " " not in name
     return f"set {name}={_text(have)}, or " if is_setting and have is not None else ""
 
 
@@ -120,9 +202,9 @@ def _text(value) -> str:
     return "none" if value is None else str(value)
 
 
-def _blocks(teacher: Teacher) -> list[int]:
-    depth = resolve_size(vit_size(teacher.size)).depth
-    return list(return_layers(depth, teacher.layers, teacher.interval))
+def _blocks(recipe: Recipe, name: str) -> list[int]:
+    teacher = recipe.objective.teachers[name]
+    return list(return_layers(teacher_depth(recipe, name), teacher.layers, teacher.interval))
 
 
 def _size_name(size) -> str:

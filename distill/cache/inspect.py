@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from distill.cache.shards import shard_sizes
 from distill.cache.store import Folder, open_folder
 from distill.errors import StateError
 from distill.mask import Redraw
-from distill.recipe import Mask
+from distill.recipe import MAIN, Mask, of_teacher
 from distill.students.vit import PATCH
 
 SAMPLED_RECORDS = 64
@@ -74,6 +74,7 @@ class LayerStatistics:
     scale: tuple[float, float, float] | None
     channel: int
     channel_share: float
+    teacher: str = MAIN  # its name
 
 
 @dataclass(frozen=True)
@@ -134,16 +135,20 @@ def inspect_cache(
     fields["view"] = round(float(np.mean(index.sizes)) - sum(fields.values()))
     rows = sample_rows(len(index), sampled, seed=seed)
     decoders: Counter[str] = Counter()
-    middle, scales = [], []
+    codecs = {MAIN: cache.codec, **cache.codec.others}
+    middle: dict[str, list] = {name: [] for name in codecs}
+    scales: dict[str, list] = {name: [] for name in codecs}
     t, h, w = opened.grid
     visible = np.zeros(t * h * w)
     for row in rows:
         arrays, info = cache.read(int(row))
         decoders[info["decoder"]] += 1
         visible[visible_tokens(opened, arrays, row=int(row))] += 1
-        middle.append(_some_rows(arrays, cache.codec, key=(seed, int(row))))
-        if "scales" in arrays:
-            scales.append(torch.from_numpy(arrays["scales"]).float())
+        for name, codec in codecs.items():
+            middle[name].append(_some_rows(arrays, codec, name, key=(seed, int(row))))
+            if of_teacher("scales", name) in arrays:
+                own = torch.from_numpy(arrays[of_teacher("scales", name)])
+                scales[name].append(own.float())
     share = rearrange(visible / len(rows), "(t h w) -> t h w", t=t, h=h)
     return CacheReport(
         folder=str(cache.folder),
@@ -156,7 +161,13 @@ def inspect_cache(
         field_bytes=fields,
         quarantined=len(np.unique(quarantined_ids(cache.folder))),
         sampled=len(rows),
-        layers=layer_statistics(torch.cat(middle, dim=1), scales, kind=cache.codec.kind),
+        layers=[
+            replace(layer, teacher=name)
+            for name, codec in codecs.items()
+            for layer in layer_statistics(
+                torch.cat(middle[name], dim=1), scales[name], kind=codec.kind
+            )
+        ],
         visible_by_frame=share.mean(axis=(1, 2)).tolist(),
         visible_by_place=share.mean(axis=0).tolist(),
         decoders=dict(sorted(decoders.items())),
@@ -179,13 +190,13 @@ def visible_tokens(opened: OpenedCache, arrays: dict[str, np.ndarray], *, row: i
     tokens = arrays["tokens"].astype(np.int64)
     if opened.identity["objective.cache.tokens"] == "visible":
         return tokens
-    redraw = Redraw(opened.mask, opened.grid, 0)
+    redraw, attention = Redraw(opened.mask, opened.grid, 0), arrays.get("attention")
     places = redraw.places(
         clip_ids=torch.tensor([int(index.clip_ids[row])]),
         epoch=int(index.views[row]),
         tokens=torch.from_numpy(tokens)[None],
         next_arrival=torch.from_numpy(arrays["next_arrival"])[None],
-        attention=torch.from_numpy(arrays["attention"])[None],
+        attention=attention if attention is None else torch.from_numpy(attention)[None],
     )
     return tokens[places[0].numpy()]
 
@@ -296,10 +307,11 @@ def _layers(report: CacheReport) -> Table:
     columns = ("\nlayer", "mean\nnorm", "\nenergy", "resid.\n5 %", "\n50 %", "\n95 %", "\nspread")
     for name in (*columns, "scale\nmin", "\n50 %", "\nmax", "largest\nchannel", "\nenergy"):
         table.add_column(name, justify="right")
-    for layer, found in enumerate(report.layers):
+    places: Counter[str] = Counter()
+    for found in report.layers:
         scale = [f"{value:.3f}" for value in found.scale] if found.scale else [""] * 3
         table.add_row(
-            str(layer),
+            f"{found.teacher} {places[found.teacher]}".strip(),
             f"{found.mean_norm:.3f}",
             f"{found.mean_share:.1%}",
             *(f"{value:.3f}" for value in found.residual),
@@ -308,6 +320,7 @@ def _layers(report: CacheReport) -> Table:
             str(found.channel),
             f"{found.channel_share:.1%}",
         )
+        places[found.teacher] += 1
     return table
 
 
@@ -336,10 +349,12 @@ def _text(value) -> str:
     return "none" if value is None else str(value)
 
 
-def _some_rows(arrays: dict[str, np.ndarray], codec: Codec, *, key: tuple) -> torch.Tensor:
-    """Decoded rows [K,R,E] of a record, R of them drawn by `key`."""
-    count = arrays["codes"].shape[1]
-    chosen = draw.generator("inspect rows", *key).permutation(count)[:SAMPLED_ROWS]
-    codes = torch.from_numpy(arrays["codes"][:, chosen])
-    scales = torch.from_numpy(arrays["scales"][:, chosen]) if "scales" in arrays else None
-    return codec.decode(codes, scales).float()
+def _some_rows(
+    arrays: dict[str, np.ndarray], codec: Codec, teacher: str, *, key: tuple
+) -> torch.Tensor:
+    """Decoded rows [K,R,E] of a teacher in a record, R of them drawn by `key`."""
+    codes, scales = (arrays.get(of_teacher(field, teacher)) for field in ("codes", "scales"))
+    chosen = draw.generator("inspect rows", *key).permutation(codes.shape[1])[:SAMPLED_ROWS]
+    if scales is not None:
+        scales = torch.from_numpy(scales[:, chosen])
+    return codec.decode(torch.from_numpy(codes[:, chosen]), scales).float()

@@ -1,7 +1,7 @@
-"""A recipe's teacher looking at views: for building a cache, filling its gaps and checking it."""
+"""A recipe's teachers looking at views: for building a cache, filling its gaps and checking it."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -14,15 +14,15 @@ from distill.data.load import ClipLoader, Quarantine, Task, View, collate, load_
 from distill.engine import AUTOCAST, pick_device, take_kernels, to_device
 from distill.errors import StateError
 from distill.models import build_teacher
-from distill.recipe import Recipe
-from distill.targets import view_records
+from distill.recipe import MAIN, Recipe, of_teacher, read_views
+from distill.targets import OtherTeacher, view_records
 from distill.teachers import Teacher
 
 
-def cached_teacher(recipe: Recipe) -> Teacher:
-    """The recipe's teacher on the device that runs it, made ready for its batches.
+def cached_teachers(recipe: Recipe) -> dict[str, Teacher]:
+    """The recipe's teachers on the device that runs them, made ready for their batches.
 
-    Raises StateError when its weights are not those that the cache is to hold.
+    Raises StateError when the main one's weights are not those that the cache is to hold.
     """
     take_kernels(recipe.run.kernels, pick_device())
     section = recipe.objective
@@ -36,22 +36,30 @@ def cached_teacher(recipe: Recipe) -> Teacher:
                 f"objective.cache.teacher_hash is {expected}, but the teacher's is {found}; drop "
                 "the hash from the recipe, or give the teacher it belongs to"
             )
-    return tuned_teacher(recipe, batch_size=section.cache.batch_size, device=pick_device())
+    return tuned_teachers(recipe, batch_size=section.cache.batch_size, device=pick_device())
 
 
-def tuned_teacher(recipe: Recipe, *, batch_size: int, device: torch.device) -> Teacher:
-    """The recipe's teacher on a device, made ready for batches of this size."""
-    teacher = build_teacher(recipe).to(device)
-    dtype = AUTOCAST.get(recipe.objective.teacher.precision, torch.float32)
-    teacher.tune(dtype, batch_size=batch_size)
-    return teacher
+def tuned_teachers(recipe: Recipe, *, batch_size: int, device: torch.device) -> dict[str, Teacher]:
+    """The recipe's teachers by name on a device, made ready for batches of this size."""
+    teachers = {}
+    for name, section in recipe.objective.teachers.items():
+        teachers[name] = build_teacher(recipe, name).to(device)
+        dtype = AUTOCAST.get(section.precision, torch.float32)
+        teachers[name].tune(dtype, batch_size=batch_size)
+    return teachers
+
+
+def other_teachers(recipe: Recipe, teachers: Mapping[str, Teacher]) -> dict[str, OtherTeacher]:
+    """Those beside the main one, with the precisions that they run in."""
+    others = recipe.objective.others
+    return {name: OtherTeacher(teachers[name], others[name].precision) for name in others}
 
 
 def view_loader(recipe: Recipe, quarantine: Quarantine) -> ClipLoader:
     """Decodes the views that the recipe's cache holds."""
     data = recipe.data
     return ClipLoader(
-        functools.partial(load_task, views=data.views, seed=recipe.objective.cache.seed),
+        functools.partial(load_task, views=read_views(recipe), seed=recipe.objective.cache.seed),
         workers=data.workers,
         timeout_seconds=data.decode_timeout_seconds,
         quarantine=quarantine,
@@ -59,18 +67,19 @@ def view_loader(recipe: Recipe, quarantine: Quarantine) -> ClipLoader:
 
 
 def make_records(
-    recipe: Recipe, teacher: Teacher, items: Sequence[tuple[Task, View]]
+    recipe: Recipe, teachers: Mapping[str, Teacher], items: Sequence[tuple[Task, View]]
 ) -> dict[str, torch.Tensor]:
     """`view_records` of loaded views with the recipe's settings, on the device."""
     section = recipe.objective
     return view_records(
-        teacher,
+        teachers[MAIN],
         to_device(collate(items), pick_device()),
         mask=section.mask,
         seed=section.cache.seed,
         precision=section.teacher.precision,
         tokens=section.cache.tokens,
         pixels=section.cache.pixels,
+        others=other_teachers(recipe, teachers),
     )
 
 
@@ -79,18 +88,23 @@ def calibrate(
     folder: Folder,
     identity: dict,
     clips: Sequence[Clip],
-    teacher: Teacher,
+    teachers: Mapping[str, Teacher],
     *,
     advance: Callable[[int], None],
 ) -> Codec:
     """Measure the means of a new cache on the given clips, and keep them in its folder."""
     # Clips that fail here go to no quarantine: they may lie beyond what is to be cached.
     quarantine = Quarantine(None, total=len(clips), max_share=1.0)
+
+    def middle(items: Sequence[tuple[Task, View]]) -> dict[str, torch.Tensor]:
+        records = make_records(recipe, teachers, items)
+        return {name: records[of_teacher("middle", name)] for name in teachers}
+
     means = measure_means(
         clips,
         loader=view_loader(recipe, quarantine),
-        middle=lambda items: make_records(recipe, teacher, items)["middle"],
+        middle=middle,
         batch_size=recipe.objective.cache.batch_size,
         advance=advance,
     )
-    return write_codec(folder, identity, means)
+    return write_codec(folder, identity, means.pop(MAIN), means)

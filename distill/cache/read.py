@@ -13,7 +13,7 @@ from distill import draw
 from distill.cache.buffers import BufferPool
 from distill.cache.calibrate import read_codec, with_codec
 from distill.cache.codes import Codec
-from distill.cache.identity import adopt_blocks, cache_identity, distill_section
+from distill.cache.identity import adopt_more, cache_identity, distill_section
 from distill.cache.index import CacheIndex, found_identity, load_index
 from distill.cache.quarantine import quarantine_files, quarantined_ids
 from distill.cache.sealed import ALIGN_BYTES
@@ -43,8 +43,8 @@ class Cache:
 
     `clip_ids` int64 [C] are the recipe's clips in the order of its list, less those in the
     cache's quarantine; `rows` int64 [C,V] are their records' places in `index`, -1 for a record
-    that is missing. `codec` decodes the records' codes; of their layers the recipe's are at the
-    places `layers`, or all where that is None.
+    that is missing. `codec` decodes the records' codes; where a teacher by the name has more
+    layers there than the recipe's, those are at the places `layers`.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Cache:
         *,
         clip_ids: np.ndarray | None = None,
         codec: Codec | None = None,
-        layers: list[int] | None = None,
+        layers: dict[str, list[int]] | None = None,
     ) -> None:
         self.folder, self.index, self.rows = folder, index, rows
         self.codec, self.layers = codec, layers
@@ -73,7 +73,7 @@ class Cache:
         """Check a cache against a recipe; reads indexes only, and no teacher's file if its hash
         is in the recipe or `identity`, the recipe's `cache_identity`, is given.
 
-        A cache of more of the teacher's layers than the recipe's will do where no record may be
+        A cache of more layers or other teachers than the recipe's will do where no record may be
         missing. Raises StateError, in one line that says what to do, for one that is damaged or
         made with other settings and, unless `allow_missing`, for one without all of its records.
         """
@@ -84,10 +84,11 @@ class Cache:
         try:
             codec, index = _read_index(folder, identity)
         except StateError:
-            identity, layers = adopt_blocks(found_identity(folder) or {}, identity)
+            identity, layers = adopt_more(found_identity(folder) or {}, identity)
             if layers is None or allow_missing:  # what is made live has the recipe's own layers
                 raise
             codec, index = _read_index(folder, identity)
+            codec = codec and codec.of_teachers(recipe.objective.others)
         section = recipe.data.train
         if not len(index) and (section.list is None or not allow_missing):
             raise StateError(

@@ -14,15 +14,16 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
+from torch.nn import functional as F
 
 from distill import log
 from distill.cache.codes import Codec
 from distill.cache.inspect import OpenedCache, coding_noise, sample_rows
-from distill.cache.live import cached_teacher, make_records, view_loader
+from distill.cache.live import cached_teachers, make_records, view_loader
 from distill.data.index import read_list
 from distill.data.load import Quarantine, Task, View
 from distill.errors import InputError
-from distill.recipe import Recipe
+from distill.recipe import MAIN, Recipe, of_teacher
 from distill.students.vit import patchify
 
 UNIT_ROUNDOFF = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
@@ -85,7 +86,7 @@ def recompute(
             f"cache {cache.folder}; set data.train.list to the list that it was made from"
         )
     report = RecomputeReport(asked=len(rows))
-    teacher = cached_teacher(recipe)
+    teachers = cached_teachers(recipe)
     quarantine = Quarantine(None, total=len(rows), max_share=1.0)
     tasks, size = list(rows), recipe.objective.cache.batch_size
     batches = [tasks[start : start + size] for start in range(0, len(tasks), size)]
@@ -95,22 +96,27 @@ def recompute(
         closing(view_loader(recipe, quarantine).run(batches)) as loaded,
     ):
         for batch, items in zip(batches, loaded, strict=True):
-            records = make_records(recipe, teacher, items) if items else {}
+            records = make_records(recipe, teachers, items) if items else {}
             for place, (task, view) in enumerate(items):
                 fresh = {
-                    name: (value[:, place] if name == "middle" else value[place]).cpu()
+                    name: (value[:, place] if name.startswith("middle") else value[place]).cpu()
                     for name, value in records.items()
                 }
                 arrays, info = cache.read(rows[task])
-                _compare_view(report, task, view, arrays, info)
+                _compare_view(report, task, view, arrays, info, frames=opened.grid[0])
                 _compare_fields(report, fresh, arrays)
                 for name, found in _row_errors(fresh, arrays, cache.codec).items():
                     errors.setdefault(name, []).append(found)
             report.made += len(items)
             bar.advance(len(batch))
-    rounding = len(teacher.blocks) * UNIT_ROUNDOFF[recipe.objective.teacher.precision] ** 2
+    sections = recipe.objective.teachers
+    rounding = {
+        name: max(teachers[name].depth * UNIT_ROUNDOFF[own.precision] ** 2, LEAST_ERROR)
+        for name, own in sections.items()
+    }
     report.rows = {
-        name: _summary(parts, rounding=max(rounding, LEAST_ERROR)) for name, parts in errors.items()
+        name: _summary(parts, rounding=rounding.get(name.partition(" ")[0], rounding[MAIN]))
+        for name, parts in errors.items()
     }
     _judge(report, quarantine, where=f"cache {cache.folder}")
     return report
@@ -141,13 +147,20 @@ def recompute_lines(report: RecomputeReport) -> list[str]:
 
 
 def _compare_view(
-    report: RecomputeReport, task: Task, view: View, arrays: dict[str, np.ndarray], info: dict
+    report: RecomputeReport,
+    task: Task,
+    view: View,
+    arrays: dict[str, np.ndarray],
+    info: dict,
+    *,
+    frames: int,
 ) -> None:
     """Pixels, bit for bit; in a line what is different about the first that are not the same."""
+    pixels = view.pixels[:, :: view.pixels.shape[1] // frames]  # the student's
     if "pixels" in arrays:
-        is_same = np.array_equal(arrays["pixels"], view.pixels)
+        is_same = np.array_equal(arrays["pixels"], pixels)
     else:
-        patches = patchify(torch.from_numpy(np.ascontiguousarray(view.pixels))[None])[0]
+        patches = patchify(torch.from_numpy(np.ascontiguousarray(pixels))[None])[0]
         is_same = np.array_equal(arrays["patches"], patches[arrays["tokens"].astype(np.int64)])
     if is_same:
         report.same_pixels += 1
@@ -168,6 +181,8 @@ def _compare_fields(
     share = len(np.intersect1d(tokens, fresh["tokens"].numpy())) / len(tokens)
     report.same_tokens += share == 1
     report.shared_tokens = min(report.shared_tokens, share)
+    if "attention" not in arrays:
+        return
     gap = np.abs(arrays["attention"] - fresh["attention"].numpy()).max()
     report.attention = max(report.attention, float(gap / arrays["attention"].max()))
 
@@ -175,25 +190,35 @@ def _compare_fields(
 def _row_errors(
     fresh: dict[str, Tensor], arrays: dict[str, np.ndarray], codec: Codec
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """1 - cosine, and the expected one, of every row that both have, by layer."""
+    """1 - cosine, and the expected one, of every row that both have, by teacher and layer."""
     _, ours, theirs = np.intersect1d(
         fresh["tokens"].numpy(), arrays["tokens"].astype(np.int64), return_indices=True
     )
-    ours, theirs = (torch.from_numpy(np.append(0, places + 1)) for places in (ours, theirs))
-    codes = torch.from_numpy(arrays["codes"])
-    scales = torch.from_numpy(arrays["scales"]) if "scales" in arrays else None
-    decoded = codec.decode(codes, scales).double()[:, theirs]  # [K,M,E]
-    middle = fresh["middle"].double()[:, ours]
-    noise = coding_noise(codec.kind)
+    ours, theirs = torch.from_numpy(ours), torch.from_numpy(theirs)
     errors = {}
-    for layer, (have, want) in enumerate(zip(decoded, middle, strict=True)):
-        # Noise of codes is at right angles to the residual, hence to the row but for its mean.
-        residual = want if codec.means is None else want - codec.means[layer].double()
-        added = noise * residual.square().sum(dim=-1) / want.square().sum(dim=-1)
-        errors[f"layer {layer}"] = _angles(have, want), 1 - (1 + added).rsqrt()
-    pooled = torch.from_numpy(arrays["pooled"]).double()[None]
-    errors["pooled"] = _angles(pooled, fresh["pooled"].double()[None]), torch.zeros(1)
+    for name, own in {MAIN: codec, **codec.others}.items():
+        middle = fresh[of_teacher("middle", name)].double()
+        decoded = own.decode(*_coded(arrays, name)).double()  # [K,M,E]
+        rows = ours, theirs
+        if decoded.shape[1] > len(arrays["tokens"]):  # the class token's row comes first
+            rows = (F.pad(places + 1, (1, 0)) for places in rows)
+        middle, decoded = (x[:, places] for x, places in zip((middle, decoded), rows, strict=True))
+        noise = coding_noise(own.kind)
+        for layer, (have, want) in enumerate(zip(decoded, middle, strict=True)):
+            # Noise of codes is at right angles to the residual, hence to the row but for its mean.
+            residual = want if own.means is None else want - own.means[layer].double()
+            added = noise * residual.square().sum(dim=-1) / want.square().sum(dim=-1)
+            label = f"{name} layer {layer}".strip()
+            errors[label] = _angles(have, want), 1 - (1 + added).rsqrt()
+    if "pooled" in arrays:
+        pooled = torch.from_numpy(arrays["pooled"]).double()[None]
+        errors["pooled"] = _angles(pooled, fresh["pooled"].double()[None]), torch.zeros(1)
     return errors
+
+
+def _coded(arrays: dict[str, np.ndarray], name: str) -> tuple[Tensor, Tensor | None]:
+    codes, scales = (arrays.get(of_teacher(field, name)) for field in ("codes", "scales"))
+    return torch.from_numpy(codes), None if scales is None else torch.from_numpy(scales)
 
 
 def _angles(have: Tensor, want: Tensor) -> Tensor:

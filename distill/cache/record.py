@@ -7,26 +7,28 @@ from einops import rearrange
 from distill.cache.codes import Codec
 from distill.data.index import Clip
 from distill.data.load import View
+from distill.recipe import MAIN, of_teacher
 
 
 def record_fields(records: dict[str, torch.Tensor], *, codec: Codec) -> dict[str, torch.Tensor]:
     """`view_records` in the form that the cache keeps: fields in their order, the batch in front.
 
-    Of patches and pixels, and of next_arrival, there is what the records have.
+    There is what the records have; `codes` and `scales` are the main teacher's, `codes.NAME` and
+    `scales.NAME` another's.
     """
-    num_patches = records["attention"].shape[1]
-    middle = rearrange(records["middle"], "k b m e -> b k m e")
-    fields = {"tokens": records["tokens"].to(torch.int16 if num_patches <= 2**15 else torch.int32)}
+    is_few = "attention" in records and records["attention"].shape[1] <= 2**15
+    fields = {"tokens": records["tokens"].to(torch.int16 if is_few else torch.int32)}
     for name in ("next_arrival", "patches", "pixels"):
         if name in records:
             fields[name] = records[name]
-    return {
-        **fields,
-        **codec.encode(middle),
-        "pooled": records["pooled"].half(),
-        # Half precision would turn small weights into zero.
-        "attention": records["attention"],
-    }
+    for name, own in {MAIN: codec, **codec.others}.items():
+        middle = rearrange(records[of_teacher("middle", name)], "k b m e -> b k m e")
+        fields |= {of_teacher(field, name): value for field, value in own.encode(middle).items()}
+    if "pooled" in records:
+        fields["pooled"] = records["pooled"].half()
+    if "attention" in records:
+        fields["attention"] = records["attention"]  # half precision makes small weights zero
+    return fields
 
 
 def record_arrays(records: dict[str, torch.Tensor], *, codec: Codec) -> dict[str, np.ndarray]:
