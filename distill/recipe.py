@@ -345,7 +345,9 @@ class Run(Section):
     keep_checkpoints: PositiveInt = 2
     log_steps: PositiveInt = 10
     toy: bool = Field(
-        False, description="shrink every size, to try a recipe out in seconds on a CPU"
+        False,
+        description="shrinks sizes, pixels, batches and epochs, to try a recipe out in seconds "
+        "on a CPU, in folders that end in -toy; other overrides are set in what is left",
     )
     kernels: Literal["torch", "triton"] = Field(
         "torch", description="triton takes this project's kernels on a GPU"

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from distill.recipe_check import (
     nearest,
 )
 from distill.recipe_yaml import parse_yaml
+from distill.toy import SUFFIX, toy_recipe
 
 Change = tuple[Keys, Any, str]  # an override: keys, value and the text it was given as
 Draft = tuple[dict[str, Any], Origins]  # a recipe before its overrides
@@ -70,8 +71,7 @@ def load_recipe(
             several, path, tree, origins, drafts, changes=changes, mistakes=mistakes
         )
     else:
-        for keys, value, text in changes:
-            _set(tree, origins, keys, value, text)
+        tree = _with_changes((tree, origins), changes, f"{_label(path)}: ", mistakes=mistakes)
         name = tree.get("name") or path.stem
         recipe = check_recipe(
             {**tree, "name": name}, origins, f"{_label(path)}: ", mistakes=mistakes
@@ -253,6 +253,29 @@ def _parse_override(text: str) -> Change:
     return keys, _anchor(value, Path()) if keys[-1] in PATH_KEYS else value, text
 
 
+def _with_changes(
+    draft: Draft,
+    changes: Sequence[Change],
+    place: str,
+    *,
+    mistakes: list[str],
+    earlier: Collection[str] | None = None,
+) -> dict[str, Any]:
+    """The draft's tree with the overrides; where they ask for a toy, they are set in the toy."""
+    tree, origins = draft
+    changed, changed_origins = copy.deepcopy(tree), dict(origins)
+    for change in changes:
+        _set(changed, changed_origins, *change)
+    run = changed.get("run")
+    if isinstance(run, dict) and run.get("toy") is True:
+        whole = check_recipe(tree, origins, place, mistakes=mistakes, earlier=earlier)
+        if whole is not None:
+            tree.update(toy_recipe(whole).model_dump(mode="json"))
+    for change in changes:
+        _set(tree, origins, *change)
+    return tree
+
+
 def _set(tree: dict[str, Any], origins: Origins, keys: Keys, value: Any, text: str) -> None:
     for key in keys[:-1]:
         if not isinstance(tree.get(key), dict):
@@ -350,10 +373,17 @@ def _build_several(
     name = tree.get("name") or path.stem
     run = check_run(tree.get("run", {}), origins, place, mistakes=mistakes)
     folder = run.folder.replace("{name}", name)
+    if run.toy and not folder.endswith(SUFFIX):
+        folder += SUFFIX
     built: dict[str, Recipe | None] = {}
     for part, (draft, draft_origins) in drafts.items():
-        for change in (*shared, *single[part]):
-            _set(draft, draft_origins, *change)
+        draft = _with_changes(
+            (draft, draft_origins),
+            (*shared, *single[part]),
+            f"{place}{key}.{part}.",
+            mistakes=mistakes,
+            earlier=built if key == "stages" else None,
+        )
         built[part] = check_recipe(
             {**draft, "name": f"{name}/{part}"},
             draft_origins,

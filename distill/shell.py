@@ -43,6 +43,10 @@ def load_inputs(
     stages = recipes_of(loaded, with_cache=verb == "cache-teacher")
     if verb == "evaluate":
         stages = {stage: one_stage(loaded, stage)}
+    for toy in [one for one in stages.values() if verb == "train" and one.run.toy]:
+        from distill.toy import make_toy_weights
+
+        make_toy_weights(toy)
     kind = "student" if isinstance(loaded, Students) else "stage"
     lines = [
         f"{name}: {line}"

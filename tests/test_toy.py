@@ -1,0 +1,210 @@
+"""Toys: the shipped recipes shrunk by one setting, and two real steps of every one of them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import toys
+from safetensors.torch import load_file
+
+from distill.errors import InputError
+from distill.models import build_model, load_recipe_weights
+from distill.objective import BACKBONE, POOL
+from distill.recipe import Classify, Distill, Recipe, Size
+from distill.recipe_file import dump_recipe, load_recipe, shipped_recipes
+from distill.toy import SIZES, make_toy_weights, toy_recipe
+from distill.train import train
+
+TOY = ["run.toy=true"]
+LOADED = {name: load_recipe(name) for name in shipped_recipes()}
+SINGLE = [name for name, recipe in LOADED.items() if isinstance(recipe, Recipe)]
+ZOO = [name for name in SINGLE if LOADED[name].data.demo is None]
+# Settings that a toy may have in another number or place; all others stay.
+SHRUNK = (
+    "run.folder",
+    "run.toy",
+    "data.workers",
+    "data.views.image_size",
+    "data.train.num_clips",
+    "data.val.num_clips",
+    "data.test.num_clips",
+    "data.demo",
+    "data.train.list",
+    "data.val.list",
+    "data.test.list",
+    "model.size",
+    "model.checkpoint_blocks",
+    "model.weights.checkpoint",
+    "model.weights.extra.checkpoint",
+    "optim.lr",
+    "optim.min_lr",
+    "optim.warmup_lr",
+    "optim.lr_per_batch",
+    "optim.batch_size",
+    "optim.micro_batch",
+    "optim.epochs",
+    "optim.warmup_epochs",
+    "evaluate.batch_size",
+    "objective.features.folder",
+    "objective.cache.folder",
+    "objective.cache.views",
+    "objective.cache.batch_size",
+    "objective.cache.shard_mb",
+    "objective.teacher.size",
+    "objective.teacher.layers",
+    "objective.teacher.weights",
+    "objective.teacher.random",
+)
+
+
+def flat(values: dict, above: str = "") -> dict:
+    """The settings by dotted path, without those that a toy may change."""
+    found = {}
+    for key, value in values.items():
+        path = above + key
+        if path in SHRUNK or (path.startswith("objective.others.") and path.count(".") > 2):
+            continue
+        if isinstance(value, dict):
+            found |= flat(value, f"{path}.")
+        else:
+            found[path] = value
+    return found
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_a_toy_keeps_what_the_recipe_does(name):
+    recipe, toy = LOADED[name], load_recipe(name, TOY)
+    assert flat(toy.model_dump()) == flat(recipe.model_dump())
+    assert toy.run.folder == f"{recipe.run.folder}-toy"
+    assert toy.optim.batch_size == 4
+    assert 0 < toy.optim.epochs <= 2
+    scale = recipe.optim.batch_size / (recipe.optim.lr_per_batch or recipe.optim.batch_size)
+    assert toy.optim.lr == pytest.approx(recipe.optim.lr * scale)
+    share = toy.optim.warmup_epochs / toy.optim.epochs
+    assert share == pytest.approx(recipe.optim.warmup_epochs / recipe.optim.epochs)
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_a_toy_of_a_toy_is_itself(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    toy = load_recipe(name, TOY)
+    assert toy_recipe(toy) == toy
+    Path("recipe.yaml").write_text(dump_recipe(toy))
+    assert load_recipe("recipe.yaml") == toy
+
+
+def test_named_sizes_stay_different_and_images_keep_their_order():
+    assert len({(size.width, size.depth) for size in SIZES.values()}) == len(SIZES) == 5
+    images = [load_recipe(name, TOY).data.views.image_size for name in ("mit/6B", "mit/6B-336")]
+    assert images == [28, 42]
+    blocks = [load_recipe(name, TOY).model.checkpoint_blocks for name in ("k400/L14", "k400/1B")]
+    assert blocks == [0, 2]
+
+
+def test_overrides_are_set_in_the_toy():
+    recipe = load_recipe("k400/L14", ["optim.epochs=7", *TOY, "optim.lr=0.5", "model.size=S14"])
+    assert (recipe.optim.epochs, recipe.optim.lr, recipe.model.size) == (7, 0.5, "S14")
+    assert recipe.optim.batch_size == 4
+    with pytest.raises(InputError, match=r"^optim\.micro_batch=8: must be at most optim\.batch_si"):
+        load_recipe("k400/L14", [*TOY, "optim.micro_batch=8"])
+
+
+def test_a_toy_starts_from_the_toy_of_what_the_recipe_starts_from():
+    chain = [load_recipe(name, TOY) for name in ("L14", "k710/L14", "k400/L14")]
+    starts = [recipe.model.weights and recipe.model.weights.checkpoint for recipe in chain]
+    assert starts == [None, *(f"{recipe.run.folder}/model.safetensors" for recipe in chain[:2])]
+    extra = load_recipe("ssv2/1B-attentive", TOY).model.weights.extra
+    assert extra.checkpoint == "weights-toy/InternVideo2-stage2_1b-224p-f4.pt"
+    assert extra.frames == 4
+
+
+def test_a_toy_study_keeps_sizes_of_its_own_and_goes_elsewhere():
+    study = load_recipe("quickstart", TOY)
+    whole = load_recipe("quickstart")
+    for stage, recipe in study.stages.items():
+        assert recipe.run.folder == f"runs/quickstart-toy/{stage}"
+        assert recipe.model.size == whole.stages[stage].model.size
+        assert recipe.model.weights == whole.stages[stage].model.weights
+        assert recipe.data.train.list == "runs/quickstart/videos-toy/train.csv"
+        assert recipe.data.demo.train_clips == 20
+    assert study.stages["distilled"].objective.cache.folder == "runs/quickstart/cache-toy"
+    together = load_recipe("SBL14", TOY).students
+    assert [recipe.model.size for recipe in together.values()] == [
+        Size(**SIZES[name].model_dump()) for name in together
+    ]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("toys")
+    toys.make_data(folder)
+    return folder
+
+
+def toy_to_run(name: str, workplace: Path) -> Recipe:
+    """The toy with lists for two steps of an epoch, from random weights where it has some."""
+    recipe = load_recipe(name, TOY)
+    kind = "folders" if recipe.data.views.sampling.kind == "segment" and "/" in name else "videos"
+    number = 8 // recipe.data.augment.repeats
+    lists = [f"data.train.list={kind}{number}.csv", "optim.epochs=1", "optim.warmup_epochs=0"]
+    if isinstance(recipe.objective, Classify):
+        lists.append(f"data.test.list={kind}2.csv")
+    start = toys.start_weights(recipe, workplace)
+    if start is not None:
+        lists.append(f"model.weights.checkpoint={start}")
+    recipe = load_recipe(name, [*TOY, *lists])
+    make_toy_weights(recipe)
+    return recipe
+
+
+def changes_on_loading(recipe: Recipe) -> set[str]:
+    """What loading its weights should say of a toy recipe: tables resized, rows of heads taken."""
+    weights, views = recipe.model.weights, recipe.data.views
+    side = views.image_size // 14
+    steps = 16 if recipe.name.endswith("attentive") and "k710" in weights.checkpoint else 8
+    said = set()
+    for frames in (steps, weights.extra and weights.extra.frames):
+        before, after = f"{frames}x2x2", f"{views.frames}x{side}x{side}"
+        if frames and before != after:
+            said.add(f"resized: pos_embed, {before} -> {after} patches")
+    if weights.head not in ("reset", "keep"):
+        classes = recipe.objective.num_classes
+        text = f"710 -> {classes} classes ({weights.head})"
+        said |= {f"mapped: head.weight, {text}", f"mapped: head.bias, {text}"}
+    return said
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_two_steps_of_every_recipe(name, workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    toys.load_here(monkeypatch)
+    recipe = toy_to_run(name, workplace)
+    before = {}
+    if recipe.model.weights is not None:
+        torch.manual_seed(0)
+        model = build_model(recipe)
+        lines = [
+            line
+            for report in load_recipe_weights(model, recipe.model.weights)
+            for line in report.lines()
+            if line.startswith(("resized", "mapped"))
+        ]
+        assert set(lines) == changes_on_loading(recipe)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+
+    summary = train(recipe, Path(recipe.run.folder))
+    assert summary["steps"] == 2
+    assert 0 < summary["last"]["loss"] < 20
+    after = load_file(summary["weights"])
+    if isinstance(recipe.objective, Distill):
+        assert summary["evaluation"] is None
+        return
+    assert summary["evaluation"]["num_clips"] == 2
+    assert summary["evaluation"]["num_missing"] == 0
+    frozen = {"all": (), "pool": BACKBONE, "head": (*BACKBONE, *POOL)}[recipe.objective.trainable]
+    for key, value in before.items():
+        if key.startswith(frozen):
+            assert torch.equal(after[key], value), f"{key} should be frozen"
+    learnt = {key for key in before if not torch.equal(after[key], before[key])}
+    expected = {"head.weight", "clip_projector.cross_attn.proj.weight", "patch_embed.proj.weight"}
+    assert {key for key in expected if not key.startswith(frozen)} <= learnt

@@ -1,0 +1,83 @@
+"""Small data and starting weights for toys of the shipped recipes, and a loader without processes.
+
+Starting weights are random, in the layouts that released ones have.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from videos import burn, write
+
+from distill.data import load
+from distill.recipe import Recipe, vit_size
+from distill.students import create_classifier, create_student
+from distill.toy import SIZES
+
+CLIPS, FRAMES = 8, 20
+MODULES = ("distill.data.load", "distill.evaluate", "distill.cache.live")  # that load clips
+
+
+class HereLoader:
+    """What `ClipLoader` does, in this process: starting workers takes longer than a toy's run."""
+
+    def __init__(self, load, **_: object) -> None:
+        self._load, self.wait_seconds = load, 0.0
+
+    def run(self, batches: Iterable[Sequence[load.Task]]) -> Iterator[list]:
+        for tasks in batches:
+            yield [(task, self._load(task)) for task in tasks]
+
+
+def load_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in MODULES:
+        monkeypatch.setattr(f"{module}.ClipLoader", HereLoader)
+
+
+def make_data(folder: Path) -> None:
+    """Videos and folders of frames, and lists of the first of them: videos2.csv, folders8.csv."""
+    for number in range(CLIPS):
+        write(folder / f"{number}.mp4", num_frames=FRAMES, width=64, height=48)
+        frames = folder / f"{number}"
+        frames.mkdir()
+        for frame in range(FRAMES):
+            image = Image.fromarray(burn(frame, width=64, height=48))
+            image.save(frames / f"{frame + 1:05}.jpg")
+    for kind, line in (("videos", "{0}.mp4,{0}\n"), ("folders", f"{{0}} {FRAMES} {{0}}\n")):
+        for count in (2, 4, 8):
+            lines = [line.format(number) for number in range(count)]
+            (folder / f"{kind}{count}.csv").write_text("".join(lines))
+
+
+def start_weights(recipe: Recipe, folder: Path) -> Path | None:
+    """A file of weights in the place of those that a toy recipe starts from; None for none."""
+    weights = recipe.model.weights
+    if weights is None:
+        return None
+    before = Path(weights.checkpoint).parent.as_posix().removesuffix("-toy")
+    path = folder / f"{before.replace('/', '_')}.pth"
+    if path.exists():
+        return path
+    parts = before.split("/")  # runs/L14, runs/k710/L14, runs/pretrain/6B or weights/...
+    size = next(name for name in SIZES if vit_size(SIZES[name]) == vit_size(recipe.model.size))
+    of = vit_size(SIZES[size])
+    if parts[0] == "runs" and len(parts) == 3 and parts[1] != "pretrain":
+        classes = {"k710": 710, "k400": 400, "mit": 339}[parts[1]]
+        frames = 16 if parts[2].endswith("attentive") else 8
+        model = create_classifier(of, num_classes=classes, frames=frames, image_size=28)
+        content = {"model": model.state_dict(), "epoch": 4}
+    else:
+        layout = "distilled" if len(parts) == 2 and parts[0] == "runs" else "module"
+        model = create_student(
+            of,
+            image_size=28,
+            num_layers=2,
+            decoder="mlp" if layout == "distilled" else "linear",
+        )
+        state = model.state_dict()
+        half = {name: value.to(torch.bfloat16) for name, value in state.items()}
+        content = half if layout == "distilled" else {"module": state}
+    torch.save(content, path)
+    return path
