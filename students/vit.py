@@ -71,6 +71,21 @@ def resolve_size(size: str | ViTSize) -> ViTSize:
     return SIZES[size]
 
 
+def return_layers(depth: int, num_layers: int, interval: float) -> tuple[int, ...]:
+    """Block indices whose outputs are distilled, ascending: depth - int(i * interval) - 1.
+
+    The truncation acts on the product, as upstream's does (single_modality/models/
+    internvideo2_teacher.py), so the gaps of 40 blocks at 3.34 are not all equal. Raises
+    ValueError when the layers leave the model or repeat.
+    """
+    layers = sorted(depth - int(i * interval) - 1 for i in range(num_layers))
+    if not layers or layers[0] < 0 or len(set(layers)) != num_layers:
+        raise ValueError(
+            f"{num_layers} layers at interval {interval} do not fit into {depth} blocks"
+        )
+    return tuple(layers)
+
+
 def patchify(clip: Tensor, *, tubelet: int = 1) -> Tensor:
     """Cut [B,3,T,H,W] into [B,N,3*tubelet*14*14] patches, frame-major, then row, then column.
 

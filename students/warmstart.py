@@ -147,7 +147,7 @@ def _copy(
     wanted = model.state_dict()
     _check_probe(model, metadata, head, file)
     steps = _time_steps(state, frames, metadata, file)
-    mapped = _fit_kernel(state, wanted) | _fit_head(state, wanted, head, file)
+    mapped = _fit_kernel(state, wanted) | fit_head(state, wanted, head, file)
     resized = _fit_tables(state, model, steps, file)
 
     reset = ("head.",) if head == "reset" and "head.weight" in wanted else ()
@@ -243,9 +243,10 @@ def _fit_kernel(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str
     return {KERNEL: f"tubelet 1 -> {tubelet}"}
 
 
-def _fit_head(
+def fit_head(
     state: dict[str, Tensor], wanted: dict[str, Tensor], head: str, file: Path
 ) -> dict[str, str]:
+    """Change the head's rows in `state` to the model's, and say from what to what, by name."""
     if head not in get_args(HeadPolicy):
         raise WeightsError(f"head: {head!r} is none of {', '.join(get_args(HeadPolicy))}")
     if head == "reset":

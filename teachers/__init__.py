@@ -1,7 +1,8 @@
 """Frozen teachers."""
 
+from distill.students.vit import return_layers
 from distill.teachers.create import TEACHERS, create_teacher, resolve_teacher
-from distill.teachers.frozen import Teacher, TeacherFeatures, fit_clip, return_layers
+from distill.teachers.frozen import Teacher, TeacherFeatures, fit_clip
 
 __all__ = [
     "TEACHERS",

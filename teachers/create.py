@@ -9,14 +9,16 @@ from typing import Any, Literal
 
 import torch
 
+from distill.students.timm_backbone import load_timm
 from distill.students.vit import SIZES, Activation, Positions, ViTSize
 from distill.students.warmstart import WeightsError, load_weights
 from distill.teachers.frozen import Teacher
+from distill.teachers.image import ImageTeacher
 from distill.teachers.internvideo2 import InternVideo2
 from distill.teachers.internvl import InternVL
 from distill.teachers.videomae import VideoMAE, load_videomae
 
-Family = Literal["internvideo2", "internvl", "videomae"]
+Family = Literal["internvideo2", "internvl", "videomae", "timm"]
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,20 @@ TEACHERS = {
     "videomae_g": Published("videomae", SIZES["1B"]),  # the same numbers, other blocks
 }
 
-# Frames of a clip, frames of a token, layers and their interval where the caller does not say.
+# What a caller does not have to say.
 DEFAULTS: dict[Family, dict[str, Any]] = {
-    "internvideo2": {"frames": 8, "tubelet": 1, "num_layers": 6, "interval": 3.34},
-    "internvl": {"frames": 8, "num_layers": 6, "interval": 1.0},
-    "videomae": {"frames": 16, "tubelet": 2, "num_layers": 4, "interval": 1.0},
+    "internvideo2": {"frames": 8, "image_size": 224, "num_layers": 6, "interval": 3.34},
+    "internvl": {"frames": 8, "image_size": 224, "num_layers": 6, "interval": 1.0},
+    "videomae": {"frames": 16, "image_size": 224, "num_layers": 4, "interval": 1.0},
+    "timm": {"frames": 8, "num_layers": 1, "interval": 1.0},
 }
-BUILD = {"internvideo2": InternVideo2, "internvl": InternVL, "videomae": VideoMAE}
+TIMM = "timm/"  # what the names of timm's models begin with
+BUILD = {
+    "internvideo2": InternVideo2,
+    "internvl": InternVL,
+    "videomae": VideoMAE,
+    "timm": ImageTeacher,
+}
 
 
 def create_teacher(
@@ -57,15 +66,18 @@ def create_teacher(
     positions: Positions | None = None,
     mean: tuple[float, float, float] | None = None,
     std: tuple[float, float, float] | None = None,
+    side: int | None = None,
     random: bool = False,
     checkpoint_frames: int | None = None,
     allow_unused: tuple[str, ...] = (),
 ) -> Teacher:
     """Build a frozen teacher; `name_or_size` is a row of TEACHERS or of SIZES, or a ViTSize.
 
-    A size is built as `family` says; what is None is as DEFAULTS has it (224 px, ImageNet's mean
-    and std), and `frames` are those that the teacher sees. Weights come from `checkpoint`
-    (`load_weights`, whose report stays in `load_report`); every one must be there. Raises
+    It may also be `timm/` and the name of a model there, whose features are resized to `side` by
+    `side` tokens a frame; its image size, mean and std are that model's own where None. A size
+    is built as `family` says; what else is None is as DEFAULTS has it and as upstream normalises
+    (ImageNet's mean and std). `frames` are those that the teacher sees. Weights come from
+    `checkpoint` (whose report stays in `load_report`); every one must be there. Raises
     WeightsError without a checkpoint unless `random` asks for random weights, and ValueError for
     settings that do not fit or that the family does not have.
     """
@@ -87,16 +99,20 @@ def create_teacher(
         "positions": positions,
         "mean": mean,
         "std": std,
+        "side": side,
     }
     given = {name: value for name, value in asked.items() if value is not None}
     build = BUILD[family]
     if foreign := sorted(given.keys() - inspect.signature(build).parameters.keys()):
         raise ValueError(f"teacher {name_or_size}: {family} has no {', '.join(foreign)}")
 
-    # Drawing a billion weights takes longer than reading them.
-    with nullcontext() if random else torch.device("meta"):
-        teacher = build(size, **{"image_size": 224, **DEFAULTS[family], **given})
+    # Drawing a billion weights takes longer than reading them; timm has buffers beside its own.
+    with nullcontext() if random or family == "timm" else torch.device("meta"):
+        teacher = build(size, **{**DEFAULTS[family], **given})
     if checkpoint is None:
+        return teacher
+    if isinstance(teacher, ImageTeacher):
+        teacher.load_report = load_timm(teacher, checkpoint, allow_unused=allow_unused)
         return teacher
     teacher.to_empty(device="cpu")
     if isinstance(teacher, VideoMAE):
@@ -113,8 +129,13 @@ def create_teacher(
 
 def resolve_teacher(
     name_or_size: str | ViTSize, *, family: Family = "internvideo2"
-) -> tuple[Family, ViTSize]:
-    """Family and size of a row of TEACHERS, or of SIZES; raises ValueError that lists the names."""
+) -> tuple[Family, ViTSize | str]:
+    """Family and size of a row of TEACHERS, or of SIZES; of one of timm's models, its name.
+
+    Raises ValueError that lists the names.
+    """
+    if isinstance(name_or_size, str) and name_or_size.startswith(TIMM):
+        return "timm", name_or_size.removeprefix(TIMM)
     if isinstance(name_or_size, ViTSize):
         return family, name_or_size
     if name_or_size in TEACHERS:
@@ -122,5 +143,6 @@ def resolve_teacher(
     if name_or_size in SIZES:
         return family, SIZES[name_or_size]
     raise ValueError(
-        f"unknown teacher {name_or_size!r}; choose one of {', '.join((*TEACHERS, *SIZES))}"
+        f"unknown teacher {name_or_size!r}; choose one of {', '.join((*TEACHERS, *SIZES))}, or "
+        f"{TIMM} and the name of a model there"
     )

@@ -40,21 +40,6 @@ class TeacherFeatures(NamedTuple):
     attention: Tensor | None
 
 
-def return_layers(depth: int, num_layers: int, interval: float) -> tuple[int, ...]:
-    """Block indices whose outputs are distilled, ascending: depth - int(i * interval) - 1.
-
-    The truncation acts on the product, as upstream's does (single_modality/models/
-    internvideo2_teacher.py), so the gaps of 40 blocks at 3.34 are not all equal. Raises
-    ValueError when the layers leave the model or repeat.
-    """
-    layers = sorted(depth - int(i * interval) - 1 for i in range(num_layers))
-    if not layers or layers[0] < 0 or len(set(layers)) != num_layers:
-        raise ValueError(
-            f"{num_layers} layers at interval {interval} do not fit into {depth} blocks"
-        )
-    return tuple(layers)
-
-
 def fit_clip(clip: Tensor, *, frames: int, image_size: int) -> Tensor:
     """A clip [B,3,T,H,W] with a teacher's frames and image size, in the same dtype.
 

@@ -9,8 +9,9 @@ from distill.students.vit import (
     Positions,
     VideoViT,
     ViTSize,
+    return_layers,
 )
-from distill.teachers.frozen import Teacher, return_layers
+from distill.teachers.frozen import Teacher
 
 
 class InternVideo2(Teacher, VideoViT):

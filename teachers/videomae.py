@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from timm.models.beit import Block
 from torch import Tensor, nn
 
 from distill.students.resize import resize_patches
@@ -22,10 +21,11 @@ from distill.students.vit import (
     PatchEmbed,
     ViTSize,
     patchify,
+    return_layers,
 )
 from distill.students.warmstart import KERNEL, LoadReport, copy_weights
 from distill.students.weights import read_checkpoint, weights_file
-from distill.teachers.frozen import Teacher, return_layers
+from distill.teachers.frozen import Teacher
 
 TABLE_GRID = (8, 16, 16)  # tokens that the released weights' positions count
 
@@ -63,6 +63,8 @@ class VideoMAE(Teacher):
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
     ) -> None:
+        from timm.models.beit import Block  # not at the top: timm takes long to import
+
         super().__init__()
         if frames % tubelet or image_size % PATCH:
             raise ValueError(
