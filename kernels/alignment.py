@@ -23,7 +23,7 @@ from einops import rearrange
 from torch import Tensor
 
 from distill.kernels.coded_targets import CodedTargets, decode_targets, decode_targets_reference
-from distill.kernels.jit import jit, tl, uses_triton
+from distill.kernels.jit import jit, operation, tl, uses_triton
 
 EPS = 1e-5  # of the decoders' LayerNorm
 TINY = 1e-12  # the least length that is divided by, as in F.normalize
@@ -158,22 +158,40 @@ def num_warps(block: int) -> int:
     return 8 if block < TILE else 16
 
 
+def _made_fwd(raw: Sequence[Tensor], *others, upstream: float | None, **settings) -> list[Tensor]:
+    losses = raw[0].new_empty(len(raw), dtype=torch.float32)
+    if upstream is None:
+        return [losses]
+    gradients = raw[0].new_empty(len(raw), *raw[0].shape)
+    vectors = [losses.new_empty(len(raw), raw[0].shape[-1]) for _ in range(2)]
+    return [losses, gradients, *vectors]
+
+
+@operation(
+    "(Tensor[] raw, Tensor[] weight, Tensor[] bias, Tensor[] targets, *, float? upstream, "
+    "int? programs=None) -> Tensor[]",
+    fake=_made_fwd,
+)
 def _alignment_fwd(
     raw: Sequence[Tensor],
     weight: Sequence[Tensor],
     bias: Sequence[Tensor],
-    targets: Tensor | CodedTargets,
+    targets: Sequence[Tensor],
     *,
     upstream: float | None,
-    programs: int,
-    decoded_bytes: int = DECODED_BYTES,
-) -> tuple[Tensor, ...]:
+    programs: int | None = None,
+) -> list[Tensor]:
     """Losses [K] and, for an upstream gradient, gradients [K,B,M,E], [K,E] and [K,E].
 
-    Coded targets are decoded to float16 for projections in half precision.
+    `targets` are the fields of coded targets, which are decoded to float16 for projections in half
+    precision, or one tensor.
     """
+    targets = CodedTargets(*targets) if len(targets) > 1 else targets[0]
     layers, (clips, tokens, width) = len(raw), raw[0].shape
     on = {"device": raw[0].device, "dtype": torch.float32}
+    if programs is None:
+        processors = torch.cuda.get_device_properties(raw[0].device).multi_processor_count
+        programs = PROGRAMS * processors
     block = 1 << (width - 1).bit_length()
     rows = min(MOST_ROWS, max(1, TILE // block))
     num_parts = max(1, min(programs // layers, -(-clips * tokens // rows)))
@@ -187,7 +205,7 @@ def _alignment_fwd(
     is_coded = isinstance(targets, CodedTargets)
     dtype = torch.float32 if raw[0].dtype == torch.float32 else torch.float16
     clip_bytes = layers * tokens * width * dtype.itemsize
-    step = max(1, decoded_bytes // clip_bytes) if is_coded else clips
+    step = max(1, DECODED_BYTES // clip_bytes) if is_coded else clips
     for start in range(0, clips, step):
         part = slice(start, min(start + step, clips))
         if is_coded:
@@ -223,18 +241,18 @@ def _alignment_fwd(
             )
     losses = 2 - 2 * cosines.sum(dim=1) / (clips * tokens)
     if upstream is None:
-        return (losses,)
-    return losses, gradients, gain_parts.sum(dim=1), bias_parts.sum(dim=1)
+        return [losses]
+    return [losses, gradients, gain_parts.sum(dim=1), bias_parts.sum(dim=1)]
 
 
-def _alignment_bwd(gradients: Tensor, ratio: Tensor) -> Tensor:
+@operation("(Tensor(a!) gradients, Tensor ratio) -> ()", fake=lambda gradients, ratio: None)
+def _alignment_bwd(gradients: Tensor, ratio: Tensor) -> None:
     """Scale each layer's gradients in place, by a ratio that may be 1."""
     size = gradients[0].numel()
     with torch.cuda.device_of(gradients):
         _alignment_bwd_kernel[(-(-size // SCALE_BLOCK), len(gradients))](
             gradients, ratio, size, BLOCK=SCALE_BLOCK
         )
-    return gradients
 
 
 def upstream_ratio(upstream: Tensor, expected: float) -> Tensor:
@@ -243,18 +261,16 @@ def upstream_ratio(upstream: Tensor, expected: float) -> Tensor:
     return torch.where((ratio - 1).abs() < 4 * torch.finfo(ratio.dtype).eps, 1.0, ratio)
 
 
-def _num_programs(x: Tensor) -> int:
-    return PROGRAMS * torch.cuda.get_device_properties(x.device).multi_processor_count
+def fields(targets: Tensor | CodedTargets) -> list[Tensor]:
+    """Targets as operations take them."""
+    return list(targets) if isinstance(targets, CodedTargets) else [targets]
 
 
 class _Alignment(torch.autograd.Function):
     @staticmethod
     def forward(ctx, targets, upstream, layers, *parameters):
-        raw, weight, bias = (parameters[i * layers : (i + 1) * layers] for i in range(3))
-        programs = _num_programs(raw[0])
-        losses, *gradients = _alignment_fwd(
-            raw, weight, bias, targets, upstream=upstream, programs=programs
-        )
+        groups = [parameters[i * layers : (i + 1) * layers] for i in range(3)]
+        losses, *gradients = _alignment_fwd(*groups, fields(targets), upstream=upstream)
         ctx.upstream, ctx.is_scaled = upstream, False
         ctx.dtypes = [x.dtype for x in parameters[layers:]]
         ctx.save_for_backward(*gradients)
@@ -307,8 +323,7 @@ def alignment(
         return alignment_reference(raw, weight, bias, targets)
     leaves = (*raw, *weight, *bias)
     if not (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)):
-        programs = _num_programs(x)
-        return _alignment_fwd(raw, weight, bias, targets, upstream=None, programs=programs)[0]
+        return _alignment_fwd(raw, weight, bias, fields(targets), upstream=None)[0]
     if x.dtype == torch.float16:  # where a mean's gradients are smaller than any number
         upstream = float(x.shape[0] * x.shape[1])
     return _Alignment.apply(targets, upstream or 1.0, len(raw), *leaves)

@@ -17,6 +17,7 @@ threads, one block per multiprocessor, which waits for its own barriers.
 
 from __future__ import annotations  # see jit.py
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from einops import rearrange
 from torch import Tensor
 
 from distill.kernels.codes import BITS_OF, decode_codes, decode_codes_reference
-from distill.kernels.jit import jit, tl, uses_triton
+from distill.kernels.jit import jit, operation, tl, uses_triton
 
 SMALLEST_DOT = 16  # Triton's, of every axis
 LARGEST_LEFT, LARGEST_RIGHT = 128, 32  # that rows are turned by in registers
@@ -132,10 +133,22 @@ def _decode_targets_fwd_kernel(
         tl.store(out, found.to(rows.dtype.element_ty), mask=mask)
 
 
-def _decode_targets_fwd(targets: CodedTargets, dtype: torch.dtype, *, programs: int) -> Tensor:
+def _made_fwd(targets: Sequence[Tensor], *, dtype: torch.dtype, programs: int | None = None):
+    layers, clips, tokens, width = CodedTargets(*targets).shape
+    return targets[0].new_empty(clips, layers, tokens, width, dtype=dtype)
+
+
+@operation("(Tensor[] targets, *, ScalarType dtype, int? programs=None) -> Tensor", fake=_made_fwd)
+def _decode_targets_fwd(
+    targets: Sequence[Tensor], *, dtype: torch.dtype, programs: int | None = None
+) -> Tensor:
+    """Vectors [B,K,M,E] of the fields of coded targets."""
+    rows = _made_fwd(targets, dtype=dtype)
     codes, scales, levels, means, flips, left, right = (x.contiguous() for x in targets)
-    layers, clips, tokens, width = targets.shape
-    rows = torch.empty(clips, layers, tokens, width, dtype=dtype, device=codes.device)
+    _, layers, tokens, _ = rows.shape
+    if programs is None:
+        processors = torch.cuda.get_device_properties(codes.device).multi_processor_count
+        programs = PROGRAMS * processors
     padded = max(SMALLEST_DOT, 1 << (len(right) - 1).bit_length())
     block_rows = max(1, TILE // (len(left) * padded))
     num_rows = scales.numel()
@@ -176,5 +189,4 @@ def decode_targets(targets: CodedTargets, dtype: torch.dtype) -> Tensor:
     is_fit = is_power and SMALLEST_DOT <= left <= LARGEST_LEFT and right <= LARGEST_RIGHT
     if not uses_triton(targets.codes) or not is_fit or dtype.itemsize > 2:
         return decode_targets_reference(targets, dtype)
-    processors = torch.cuda.get_device_properties(targets.codes.device).multi_processor_count
-    return _decode_targets_fwd(targets, dtype, programs=PROGRAMS * processors)
+    return _decode_targets_fwd(list(targets), dtype=dtype)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from distill.kernels.jit import jit, tl, uses_triton
+from distill.kernels.jit import jit, operation, tl, uses_triton
 
 GROUP = 8  # codes that fill whole bytes
 BITS_OF = {256: 8, 16: 4, 8: 3, 4: 2}  # by the number of levels
@@ -90,10 +90,20 @@ def _decode_codes_fwd_kernel(
     tl.store(rows + row[:, None, None] * width + column[None, :, :], found, mask=is_inside)
 
 
+def _made_fwd(
+    codes: Tensor, scales: Tensor, levels: Tensor, *, width: int, dtype: torch.dtype
+) -> Tensor:
+    return codes.new_empty(*codes.shape[:-1], width, dtype=dtype)
+
+
+@operation(
+    "(Tensor codes, Tensor scales, Tensor levels, *, int width, ScalarType dtype) -> Tensor",
+    fake=_made_fwd,
+)
 def _decode_codes_fwd(
     codes: Tensor, scales: Tensor, levels: Tensor, *, width: int, dtype: torch.dtype
 ) -> Tensor:
-    rows = torch.empty((*codes.shape[:-1], width), dtype=dtype, device=codes.device)
+    rows = _made_fwd(codes, scales, levels, width=width, dtype=dtype)
     num_rows, num_groups = scales.numel(), -(-width // GROUP)
     block_groups = min(BLOCK_GROUPS, 1 << (num_groups - 1).bit_length())
     grid = (-(-num_rows // BLOCK_ROWS), -(-num_groups // block_groups))

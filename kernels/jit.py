@@ -5,9 +5,11 @@ import where there is no Triton too: its wheels are for Linux. Their public func
 `uses_triton` and take the reference where it says no.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 try:
@@ -16,15 +18,41 @@ try:
 except ImportError:
     triton = tl = None
 
-__all__ = ["Kernels", "choose", "jit", "tl", "uses_triton"]
+__all__ = ["Kernels", "choose", "jit", "operation", "tl", "uses_triton"]
 
 Kernels = Literal["torch", "triton"]
 _chosen: Kernels = "torch"  # of the process: a backward pass may run in another thread
+_library = torch.library.Library("distill", "FRAGMENT")
 
 
 def jit(function: Callable) -> Callable:
     """`triton.jit`, or the function as it is where it cannot be launched anyway."""
     return function if triton is None else triton.jit(function)
+
+
+def operation(schema: str, *, fake: Callable) -> Callable[[Callable], Callable]:
+    """Make a function that launches kernels one step, `distill::NAME`, of a compiled graph.
+
+    `torch.compile` asks `fake` for outputs of the right shapes and strides, and looks into neither
+    of them. Outside of it the function is called as it is: PyTorch's dispatcher would take several
+    times as long as a launch.
+    """
+
+    def wrap(function: Callable) -> Callable:
+        name = function.__name__.removeprefix("_")
+        _library.define(name + schema, tags=(torch.Tag.needs_exact_strides,))
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"distill::{name}", fake, lib=_library)
+        compiled = getattr(torch.ops.distill, name).default
+
+        @functools.wraps(function)
+        def call(*arguments, **settings):
+            step = compiled if torch.compiler.is_compiling() else function
+            return step(*arguments, **settings)
+
+        return call
+
+    return wrap
 
 
 def choose(kernels: Kernels) -> None:

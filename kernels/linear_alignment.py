@@ -26,7 +26,7 @@ by chunks at any width.
 
 from __future__ import annotations  # see jit.py
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -40,14 +40,14 @@ from distill.kernels.alignment import (
     WIDEST,
     _alignment_bwd,
     _alignment_fwd,
-    _num_programs,
     alignment,
     alignment_reference,
+    fields,
     upstream_ratio,
 )
 from distill.kernels.coded_targets import CodedTargets
 from distill.kernels.codes import decode_codes
-from distill.kernels.jit import jit, tl, uses_triton
+from distill.kernels.jit import jit, operation, tl, uses_triton
 
 WIDEST_GRAM = 512  # of D
 PAD = 8  # columns beside D: a product's rows stay multiples of 16 bytes
@@ -159,35 +159,6 @@ def _linear_alignment_fwd_kernel(
     tl.store(sums + row[:, None] * PAD + pad, part, mask=is_row[:, None])
 
 
-def _rows_in_torch(h, products, squares, scales, vectors, numbers, *, out_width, factor):
-    """What the kernel writes, in the dtype of its inputs: the same from `variance` on."""
-    width = h.shape[1]
-    g_bias, q_bias, shift, mean_product = vectors[:4]
-    p = products[:, :width] * scales[:, None] + mean_product
-    p_bias, p_shift = (products[:, width + i] * scales for i in range(2))
-    g, q = squares.chunk(2, dim=1)
-    variance = (h * (g + 2 * g_bias)).sum(1) + numbers[0]
-    r = ((variance / out_width).clamp_min(0) + EPS).rsqrt()
-    squared = (h * (q + 2 * q_bias)).sum(1) + numbers[1]
-    along = (h * shift).sum(1) + numbers[2]
-    length = r.square() * squared + 2 * r * along + numbers[3]
-    inverse = 1 / length.clamp_min(0).sqrt().clamp_min(TINY)
-    u = (h * p).sum(1) + p_bias + numbers[4]
-    cosine = (r * u + p_shift + numbers[5]) * inverse
-    a, e = -2 * inverse, cosine * inverse.square()
-    dr = a * u + 2 * e * (r * squared + along)
-    f = -r.pow(3) * dr / 2 / out_width
-    ar, er, err, none = a * r, e * r, e * r.square(), torch.zeros_like(a)
-    dh = ar[:, None] * p + 2 * err[:, None] * (q + q_bias)
-    dh += 2 * er[:, None] * shift + 2 * f[:, None] * (g + g_bias)
-    beside = torch.stack([ar * scales, a * scales, *[none] * (PAD - 2)], dim=1)
-    weighted = torch.cat([(ar * scales)[:, None] * h, beside], dim=1)
-    beside = torch.stack([ar, err, er, f, *[none] * (PAD - 4)], dim=1)
-    curved = torch.cat([err[:, None] * h, f[:, None] * h, beside], dim=1)
-    sums = torch.stack([2 - 2 * cosine, ar, a, err, er, e, f, none], dim=1)
-    return factor * dh, weighted, curved, sums
-
-
 def _rows_in_triton(h, products, squares, scales, vectors, numbers, *, out_width, factor):
     num_rows, width = h.shape
     block = 1 << (width - 1).bit_length()
@@ -221,10 +192,18 @@ def _rows_in_triton(h, products, squares, scales, vectors, numbers, *, out_width
     return dh, weighted, curved, sums
 
 
-def _clip_parts(clips: int, row_bytes: int) -> list[slice]:
-    """Slices of clips whose rows of `row_bytes` together are at most what a GPU's cache holds."""
-    step = max(1, DECODED_BYTES // row_bytes)
-    return [slice(start, min(start + step, clips)) for start in range(0, clips, step)]
+def _parts(
+    h: Tensor, targets: Tensor | CodedTargets, *, clip_bytes: int
+) -> Iterator[tuple[slice, Tensor, Tensor | CodedTargets]]:
+    """Some clips at a time: which, their states [R,D], and their targets of the one layer.
+
+    As many as a GPU's cache holds of `clip_bytes` each.
+    """
+    step = max(1, DECODED_BYTES // clip_bytes)
+    for start in range(0, len(h), step):
+        part = slice(start, min(start + step, len(h)))
+        found = targets.clips(part) if isinstance(targets, CodedTargets) else targets[:, part]
+        yield part, h[part].flatten(0, 1).contiguous(), found
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -252,12 +231,15 @@ def _gram(
     upstream: float,
     rows_part=_rows_in_triton,
 ) -> tuple[Tensor, ...]:
-    """Loss of one layer, and gradients of the first five arguments; targets are of this layer."""
+    """Loss of one layer, and gradients of the first five arguments; targets have that layer alone.
+
+    Either form takes states [B,M,D], and targets [1,B,M,E] or codes.
+    """
     clips, tokens, width = h.shape
     exact = torch.promote_types(h.dtype, torch.float32)
     # Half precision: of the two kinds the one in which codes' levels are rounded less.
     operand = torch.float16 if h.dtype == torch.bfloat16 else h.dtype
-    w, b, gain, shift = (x.detach().to(exact) for x in (linear_weight, linear_bias, gain, shift))
+    w, b, gain, shift = (x.to(exact) for x in (linear_weight, linear_bias, gain, shift))
     w, b = w - w.mean(0), b - b.mean()
     out_width = len(b)
     v, vb = gain[:, None] * w, gain * b
@@ -278,17 +260,15 @@ def _gram(
     factor = upstream / rows
     gradient = torch.empty_like(h, memory_format=torch.contiguous_format)
     aimed = curvature = total = 0.0
-    for part in _clip_parts(clips, tokens * out_width * operand.itemsize):
-        x = h[part].detach().flatten(0, 1).contiguous()
+    for part, x, found in _parts(h, targets, clip_bytes=tokens * out_width * operand.itemsize):
         if is_coded:
-            codes, scales = targets.codes[part], targets.scales[part]
-            levels = targets.levels
-            ones = torch.ones_like(scales)
-            q = decode_codes(codes, ones, levels, width=out_width, dtype=operand)
-            q, scales = q.flatten(0, 2), scales.flatten().to(exact)  # [R,E], [R]
+            scales = found.scales.flatten().to(exact)  # [R]
+            ones = torch.ones_like(found.scales)
+            q = decode_codes(found.codes, ones, found.levels, width=out_width, dtype=operand)
         else:
-            q = targets[part].flatten(0, 1).to(operand)
-            scales = torch.ones(len(q), dtype=exact, device=h.device)
+            scales = torch.ones(len(x), dtype=exact, device=h.device)
+            q = found.to(operand)
+        q = q.flatten(0, 2)  # [R,E]
         dh, weighted, curved, sums = rows_part(
             x,
             q @ turned,
@@ -330,51 +310,68 @@ def _chunks(
     targets: Tensor | CodedTargets,
     *,
     upstream: float,
-    programs: int,
 ) -> tuple[Tensor, ...]:
     """As `_gram`, by some rows' projections at a time."""
-    clips, tokens, width = h.shape
+    tokens = h.shape[1]
     exact = torch.promote_types(h.dtype, torch.float32)
-    w, b = linear_weight.detach().to(h.dtype), linear_bias.detach().to(h.dtype)
+    w, b = linear_weight.to(h.dtype), linear_bias.to(h.dtype)
     gradient = torch.empty_like(h, memory_format=torch.contiguous_format)
     loss = dw = db = dgain = dshift = 0.0
     # Projections, their gradients and what is decoded of targets share the cache.
-    for part in _clip_parts(clips, 3 * tokens * len(b) * h.element_size()):
-        x = h[part].detach()
-        share = len(x) / clips
-        found = targets.clips(part) if isinstance(targets, CodedTargets) else targets[None, part]
-        y = F.linear(x, w, b)
+    for part, x, found in _parts(h, targets, clip_bytes=3 * tokens * len(b) * h.element_size()):
+        share = (part.stop - part.start) / len(h)
+        y = F.linear(x, w, b).unflatten(0, (-1, tokens))  # [B,M,E]
         one, dy, part_dgain, part_dshift = _alignment_fwd(
-            [y], [gain], [shift], found, upstream=upstream * share, programs=programs
+            [y], [gain], [shift], fields(found), upstream=upstream * share
         )
         dy = dy.flatten(0, 2)
-        gradient[part] = (dy @ w).view(x.shape)
-        dw = dw + _product(dy.T, x.flatten(0, 1), exact)
+        gradient[part] = (dy @ w).view(gradient[part].shape)
+        dw = dw + _product(dy.T, x, exact)
         db = db + dy.sum(0, dtype=exact)
         loss, dgain = loss + one[0] * share, dgain + part_dgain[0]
         dshift = dshift + part_dshift[0]
     return loss, gradient, dw, db, dgain, dshift
 
 
+def _of_layer(targets: Tensor | CodedTargets, layer: int) -> Tensor | CodedTargets:
+    return targets.layer(layer) if isinstance(targets, CodedTargets) else targets[layer : layer + 1]
+
+
+def _made_fwd(states: Sequence[Tensor], *groups_and_targets, upstream: float) -> list[Tensor]:
+    exact = torch.promote_types(states[0].dtype, torch.float32)
+    groups = groups_and_targets[:-1]
+    empty = [torch.empty_like(h, memory_format=torch.contiguous_format) for h in states]
+    empty += [x.new_empty(x.shape, dtype=exact) for group in groups for x in group]
+    return [states[0].new_empty(len(states), dtype=exact), *empty]
+
+
+@operation(
+    "(Tensor[] states, Tensor[] linear_weight, Tensor[] linear_bias, Tensor[] weight, "
+    "Tensor[] bias, Tensor[] targets, *, float upstream) -> Tensor[]",
+    fake=_made_fwd,
+)
+def _linear_alignment_fwd(*groups_and_targets: Sequence[Tensor], upstream: float) -> list[Tensor]:
+    """Losses [K], then gradients of every group, layer by layer; `targets` as in `alignment.py`."""
+    *groups, targets = groups_and_targets
+    targets = CodedTargets(*targets) if len(targets) > 1 else targets[0]
+    found = []
+    for layer, arguments in enumerate(zip(*groups, strict=True)):
+        h = arguments[0]
+        form = _gram if h.shape[-1] <= WIDEST_GRAM and h.dtype != torch.float16 else _chunks
+        found.append(form(*arguments, _of_layer(targets, layer), upstream=upstream))
+    losses, *gradients = zip(*found, strict=True)
+    return [torch.stack(losses), *(x for group in gradients for x in group)]
+
+
 class _LinearAlignment(torch.autograd.Function):
     @staticmethod
     def forward(ctx, targets, upstream, layers, *parameters):
         groups = [parameters[i * layers : (i + 1) * layers] for i in range(5)]
-        found = []
-        for layer, arguments in enumerate(zip(*groups, strict=True)):
-            is_coded = isinstance(targets, CodedTargets)
-            target = targets.layer(layer) if is_coded else targets[layer]
-            h = arguments[0]
-            if h.shape[-1] <= WIDEST_GRAM and h.dtype != torch.float16:
-                found.append(_gram(*arguments, target, upstream=upstream))
-            else:
-                programs = _num_programs(h)
-                found.append(_chunks(*arguments, target, upstream=upstream, programs=programs))
-        losses, *gradients = zip(*found, strict=True)
+        losses, *gradients = _linear_alignment_fwd(*groups, fields(targets), upstream=upstream)
         ctx.upstream, ctx.is_scaled, ctx.layers = upstream, False, layers
         ctx.dtypes = [x.dtype for x in parameters]
-        ctx.save_for_backward(*(x for group in gradients for x in group))
-        return torch.stack(losses)
+        ctx.save_for_backward(*gradients)
+        return losses
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -386,8 +383,11 @@ class _LinearAlignment(torch.autograd.Function):
         gradients = []
         for index, x in enumerate(ctx.saved_tensors):
             by = ratio[index % ctx.layers]
-            scaled = _alignment_bwd(x[None], by[None])[0] if index < ctx.layers else x * by
-            gradients.append(scaled.to(ctx.dtypes[index]))
+            if index < ctx.layers:  # the states'
+                _alignment_bwd(x[None], by[None])
+            else:
+                x = x * by
+            gradients.append(x.to(ctx.dtypes[index]))
         return None, None, None, *gradients
 
 
@@ -426,14 +426,11 @@ def linear_alignment(
         return linear_alignment_reference(*groups, targets)
     leaves = [x for group in groups for x in group]
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in leaves)):
-        is_coded = isinstance(targets, CodedTargets)
-        parts = [targets.layer(i) if is_coded else targets[i : i + 1] for i in range(layers)]
-        return torch.cat(
-            [
-                alignment([F.linear(*linear)], [gain], [shift], part)
-                for *linear, gain, shift, part in zip(*groups, parts, strict=True)
-            ]
-        )
+        losses = [
+            alignment([F.linear(*linear)], [gain], [shift], _of_layer(targets, layer))
+            for layer, (*linear, gain, shift) in enumerate(zip(*groups, strict=True))
+        ]
+        return torch.cat(losses)
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else h.dtype
     if dtype == torch.float16:  # where a mean's gradients are smaller than any number
         upstream = float(h.shape[0] * h.shape[1])

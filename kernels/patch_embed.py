@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from distill.kernels.jit import jit, tl, uses_triton
+from distill.kernels.jit import jit, operation, tl, uses_triton
 
 BLOCK = 64  # of rows, columns and what is summed over
 NUM_WARPS = 4
@@ -112,10 +112,14 @@ def _patch_embed_bwd_kernel(
     tl.store(at, total, mask=is_column[:, None] & is_k[None, :])
 
 
+@operation(
+    "(Tensor patches, Tensor weight, Tensor bias, Tensor centres) -> Tensor",
+    fake=lambda patches, weight, *others: weight.new_empty(len(patches), len(weight)),
+)
 def _patch_embed_fwd(patches: Tensor, weight: Tensor, bias: Tensor, centres: Tensor) -> Tensor:
     """(patches - centres) weight + bias, of rows [R,U]."""
     (num_rows, inner), columns = patches.shape, len(weight)
-    out = torch.empty(num_rows, columns, dtype=weight.dtype, device=patches.device)
+    out = weight.new_empty(num_rows, columns)
     grid = (-(-columns // BLOCK) * -(-num_rows // BLOCK),)
     with torch.cuda.device_of(patches):  # Triton launches on the current device
         _patch_embed_fwd_kernel[grid](
@@ -134,6 +138,10 @@ def _patch_embed_fwd(patches: Tensor, weight: Tensor, bias: Tensor, centres: Ten
     return out
 
 
+@operation(
+    "(Tensor patches, Tensor upstream, Tensor centres) -> Tensor",
+    fake=lambda patches, upstream, centres: centres.new_empty(upstream.shape[1], patches.shape[1]),
+)
 def _patch_embed_bwd(patches: Tensor, upstream: Tensor, centres: Tensor) -> Tensor:
     """upstream' (patches - centres): float32 [D,U], added up in a fixed order."""
     (num_rows, inner), columns = patches.shape, upstream.shape[1]

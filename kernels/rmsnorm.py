@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.kernels.jit import jit, tl, uses_triton
+from distill.kernels.jit import jit, operation, tl, uses_triton
 
 EPS = 1e-6
 VALUES = 1024  # of a program at a time, on WARPS warps, and as many more as a row is wider
@@ -171,29 +171,74 @@ def _launch(x: Tensor, *, branch: Tensor | None, keep: Tensor | None, weight: Te
     return num_rows, max(1, num_rows // max(1, x.shape[0])), constants
 
 
+def _made_fwd(
+    x: Tensor,
+    branch: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    weight: Tensor | None,
+    *,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    made = []
+    if branch is not None:
+        made.append(torch.empty_like(x, dtype=torch.promote_types(x.dtype, branch.dtype)))
+    if weight is not None:
+        num_rows = x.numel() // x.shape[-1]
+        made += [torch.empty_like(x, dtype=dtype), x.new_empty(num_rows, dtype=torch.float32)]
+    return made
+
+
+@operation(
+    "(Tensor x, Tensor? branch, Tensor? gamma, Tensor? keep, Tensor? weight, *, ScalarType dtype) "
+    "-> Tensor[]",
+    fake=_made_fwd,
+)
 def _rmsnorm_fwd(
     x: Tensor,
     branch: Tensor | None,
     gamma: Tensor | None,
     keep: Tensor | None,
     weight: Tensor | None,
+    *,
     dtype: torch.dtype,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> list[Tensor]:
+    """h where there is a branch, then out and rstd where there are gains."""
     num_rows, rows_per_clip, constants = _launch(x, branch=branch, keep=keep, weight=weight)
-    h = out = rstd = None
-    if branch is not None:
-        h = torch.empty_like(x, dtype=torch.promote_types(x.dtype, branch.dtype))
-    if weight is not None:
-        out = torch.empty_like(x, dtype=dtype)
-        rstd = x.new_empty(num_rows, dtype=torch.float32)
+    made = _made_fwd(x, branch, gamma, keep, weight, dtype=dtype)
+    h = made[0] if branch is not None else x
+    out, rstd = made[-2:] if weight is not None else (x, x)
     tensors = [x if z is None else z for z in (x, branch, gamma, keep, weight, h, out, rstd)]
     with torch.cuda.device_of(x):  # Triton launches on the current device
         _rmsnorm_fwd_kernel[(-(-num_rows // constants["ROWS"]),)](
             *tensors, num_rows, x.shape[-1], rows_per_clip, EPS, **constants
         )
-    return h, out, rstd
+    return made
 
 
+def _made_bwd(
+    d_h: Tensor | None,
+    d_out: Tensor | None,
+    h: Tensor,
+    rstd: Tensor | None,
+    branch: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    weight: Tensor | None,
+    *,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    made = [] if branch is None else [torch.empty_like(branch), torch.empty_like(gamma)]
+    if weight is not None:
+        made += [torch.empty_like(h, dtype=dtype), torch.empty_like(weight)]
+    return made
+
+
+@operation(
+    "(Tensor? d_h, Tensor? d_out, Tensor h, Tensor? rstd, Tensor? branch, Tensor? gamma, "
+    "Tensor? keep, Tensor? weight, *, ScalarType dtype) -> Tensor[]",
+    fake=_made_bwd,
+)
 def _rmsnorm_bwd(
     d_h: Tensor | None,
     d_out: Tensor | None,
@@ -203,13 +248,15 @@ def _rmsnorm_bwd(
     gamma: Tensor | None,
     keep: Tensor | None,
     weight: Tensor | None,
+    *,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+) -> list[Tensor]:
+    """Gradients of branch and gamma where there is one, then of x, in `dtype`, and of weight."""
     num_rows, rows_per_clip, constants = _launch(h, branch=branch, keep=keep, weight=weight)
     rows, width = constants["ROWS"], h.shape[-1]
     span = rows * max(1, -(-num_rows // (rows * BWD_PARTS)))
     parts = -(-num_rows // span)
-    d_x, d_branch, d_gamma, d_weight = d_h, None, None, None
+    d_x = d_branch = d_gamma = d_weight = None
     if branch is not None:
         d_branch = torch.empty_like(branch)
         d_gamma = h.new_empty(parts, width, dtype=torch.float32)
@@ -223,25 +270,35 @@ def _rmsnorm_bwd(
             *(num_rows, width, rows_per_clip, span),
             **constants,
         )
-    if d_gamma is not None:
-        d_gamma = d_gamma.sum(0).to(gamma.dtype)
-    if d_weight is not None:
-        d_weight = d_weight.sum(0).to(weight.dtype)
-    return d_x.to(dtype), d_branch, d_gamma, d_weight
+    made = [] if branch is None else [d_branch, d_gamma.sum(0).to(gamma.dtype)]
+    if weight is not None:
+        made += [d_x, d_weight.sum(0).to(weight.dtype)]
+    return made
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, branch, gamma, keep, weight, dtype):
-        h, out, rstd = _rmsnorm_fwd(x, branch, gamma, keep, weight, dtype)
-        ctx.save_for_backward(x if h is None else h, rstd, branch, gamma, keep, weight)
+        h, out, rstd = x, None, None
+        made = _rmsnorm_fwd(x, branch, gamma, keep, weight, dtype=dtype)
+        if branch is not None:
+            h, *made = made
+        if weight is not None:
+            out, rstd = made
+        ctx.save_for_backward(h, rstd, branch, gamma, keep, weight)
         ctx.dtype = x.dtype
-        return h, out
+        return None if branch is None else h, out
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, d_h, d_out):
         d_h, d_out = (None if d is None else d.contiguous() for d in (d_h, d_out))
-        d_x, d_branch, d_gamma, d_weight = _rmsnorm_bwd(d_h, d_out, *ctx.saved_tensors, ctx.dtype)
+        h, rstd, branch, gamma, keep, weight = ctx.saved_tensors
+        made = _rmsnorm_bwd(d_h, d_out, *ctx.saved_tensors, dtype=ctx.dtype)
+        d_branch = d_gamma = d_weight = None
+        if branch is not None:
+            d_branch, d_gamma, *made = made
+        d_x, d_weight = made if weight is not None else (d_h.to(ctx.dtype), None)
         return d_x, d_branch, d_gamma, None, d_weight, None
 
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from distill.kernels.attention import attention, attention_reference, pack_evenly
-from distill.kernels.jit import uses_triton
 from distill.kernels.patch_embed import patch_embed
 from distill.kernels.rmsnorm import EPS, rmsnorm
 from distill.students.heads import AttentionPool
@@ -149,9 +148,7 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(width, eps=EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Kernels alone read the packing's tensors, and the host waits for their copy to a GPU.
-        device = x.device if self.is_fused and uses_triton(x) else torch.device("cpu")
-        packing = pack_evenly(*x.shape[:2], device=device)
+        packing = pack_evenly(*x.shape[:2])
         attend = attention if self.is_fused else attention_reference
         gains = (self.q_norm.weight, self.k_norm.weight)
         qkv = self.qkv(x).flatten(0, 1)  # [B*M,3D]

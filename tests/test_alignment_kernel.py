@@ -3,7 +3,7 @@
 import pytest
 import torch
 from coded import coded_targets, vectors
-from interpreted import interpret
+from interpret import interpret
 from test_alignment import TOLERANCE, formula, inputs
 from torch.testing import assert_close
 
@@ -42,26 +42,29 @@ def coded_case():
     return half, weight, bias, coded_targets(4, 176, clips=2, layers=LAYERS, tokens=37)
 
 
+def with_fields(arguments):
+    """Targets as the kernel's function takes them."""
+    return *arguments[:3], module.fields(arguments[3])
+
+
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
-    settings = {"upstream": UPSTREAM, "programs": 4 * LAYERS}
-    calls = {f"{width}": ("alignment._alignment_fwd", case(width), settings) for width in WIDTHS}
+    place, settings = "alignment._alignment_fwd", {"upstream": UPSTREAM, "programs": 4 * LAYERS}
+    calls = {f"{width}": (place, with_fields(case(width)), settings) for width in WIDTHS}
     raw, weight, bias, targets = case(13)
     strided = torch.empty(2, LAYERS, 40, 13).transpose(0, 1)[:, :, :37].copy_(targets)
-    calls["strided"] = ("alignment._alignment_fwd", (raw, weight, bias, strided), settings)
-    losses_only = {"upstream": None, "programs": 4 * LAYERS}
-    calls["losses"] = ("alignment._alignment_fwd", case(13), losses_only)
-    calls["one program"] = ("alignment._alignment_fwd", case(13), {**settings, "programs": 1})
-    calls["coded"] = (
-        "alignment._alignment_fwd",
-        coded_case(),
-        {**settings, "decoded_bytes": 1},
-    )
+    calls["strided"] = (place, (raw, weight, bias, [strided]), settings)
+    with_grad = [[x.clone().requires_grad_() for x in group] for group in (raw, weight, bias)]
+    calls["losses"] = ("alignment.alignment", case(13), {})
+    calls["one program"] = (place, with_fields(case(13)), {**settings, "programs": 1})
+    parts = (place, with_fields(coded_case()), settings)
+    calls["coded"] = ("applied.clip_by_clip", parts, {})
     for expected in (1.0, 0.25):
-        arguments = ("alignment", list(case(13)[:3]), case(13)[3], EACH, expected)
-        calls[f"applied {expected}"] = ("applied.gradients", arguments, {})
+        call = ("alignment.alignment", (*with_grad, targets), {"upstream": expected})
+        calls[f"applied {expected}"] = ("applied.gradients", (*call, [EACH]), {})
+    calls["twice"] = ("applied.second_backward", call, {})
     scaled = torch.randn(3, 2, 37, 13, generator=torch.Generator().manual_seed(0))
-    calls["scaled"] = ("alignment._alignment_bwd", (scaled, RATIO), {})
+    calls["scaled"] = ("applied.scaled", (scaled, RATIO), {})
     return interpret(calls, tmp_path_factory.mktemp("interpreter")) | {"unscaled": scaled}
 
 
@@ -88,8 +91,7 @@ def test_strides_and_the_number_of_programs_change_no_more_than_rounding(interpr
 
 
 def test_without_gradients_there_are_losses_alone(interpreted):
-    (losses,) = interpreted["losses"]
-    assert_close(losses, interpreted["13"][0], rtol=0, atol=0)
+    assert_close(interpreted["losses"], interpreted["13"][0], **TOLERANCE[torch.float32])
 
 
 def test_gradients_are_scaled_layer_by_layer(interpreted):
@@ -98,15 +100,18 @@ def test_gradients_are_scaled_layer_by_layer(interpreted):
 
 
 @pytest.mark.parametrize("expected", [1.0, 0.25])
-def test_the_function_scales_by_its_upstream_gradient_and_once(interpreted, expected):
-    losses, found, message = interpreted[f"applied {expected}"]
+def test_the_function_scales_by_its_upstream_gradient(interpreted, expected):
+    (losses,), found = interpreted[f"applied {expected}"]
     want = gradients_of(*case(13), 1.0)
     assert_close(losses.double(), want[0], **TOLERANCE[torch.float32])
     for index, group in enumerate(want[1:]):
         for layer in range(LAYERS):
             one = found[index * LAYERS + layer].double()
             assert_close(one, EACH[layer] * group[layer], **TOLERANCE[torch.float32])
-    assert "handed out once" in message
+
+
+def test_gradients_are_handed_out_once(interpreted):
+    assert "handed out once" in interpreted["twice"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

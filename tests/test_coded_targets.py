@@ -3,7 +3,7 @@
 import pytest
 import torch
 from coded import FACTORS, coded_targets, vectors
-from interpreted import interpret
+from interpret import interpret
 from torch.testing import assert_close
 
 from distill.kernels import coded_targets as module
@@ -24,8 +24,8 @@ def interpreted(tmp_path_factory):
     calls = {
         f"{bits}-{width}": (
             "coded_targets._decode_targets_fwd",
-            (coded_targets(bits, width, tokens=13), torch.float16),
-            {"programs": 2},
+            (list(coded_targets(bits, width, tokens=13)),),
+            {"dtype": torch.float16, "programs": 2},
         )
         for bits, width in CASES
     }

@@ -5,7 +5,8 @@ from interpret import interpret
 from torch.testing import assert_close
 
 from distill.kernels import attention as module
-from distill.kernels.attention import CONFIGS, TILES, attention, pack, pack_evenly
+from distill.kernels import attention_kernels as kernels
+from distill.kernels.attention import CONFIGS, Packing, attention, pack, pack_evenly
 from distill.kernels.gpu_build import CAPABILITIES, SHARED_LIMIT, build
 
 CPU = torch.device("cpu")
@@ -15,7 +16,10 @@ LENGTHS = {  # one key less and one more than a tile; a tile and a bit; nothing 
     "tile": [64, 63, 65],
     "long": [1030],
     "nothing": [0, 0],
+    "even": [67, 67],
+    "whole tiles": [64, 64],
 }
+EVEN = ("even", "whole tiles")  # packed by a number per clip, without cumulative lengths
 CASES = [
     # sequences, heads, head width
     ("ragged", 2, 64),
@@ -26,7 +30,10 @@ CASES = [
     ("tile", 1, 64),
     ("tile", 1, 88),
     ("nothing", 2, 64),
+    ("even", 2, 64),
+    ("whole tiles", 1, 64),
 ]
+HALF = [("ragged", 2, 64), ("ragged", 2, 88), ("ragged", 1, 128), ("even", 2, 64)]  # of CASES
 TOLERANCE = {"float32": {"rtol": 1e-4, "atol": 2e-5}}
 EXTREME = ("far below zero", "far above zero", "one token's head is nothing")
 
@@ -47,13 +54,11 @@ def inputs(lengths, heads, d, *, dtype="float32", kind=None):
     if kind == EXTREME[2]:
         qkv[:, :d] = 0
         qkv[tokens // 2, width : width + d] = 0
-    cumulative = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
     half = getattr(torch, dtype)
     return {
         "qkv": qkv.to(half),
         "q_gain": gains[0].clone(),
         "k_gain": gains[1].clone(),
-        "cumulative": cumulative,
         "d_out": torch.randn(tokens, width, generator=stream).to(half),
     }
 
@@ -73,27 +78,42 @@ def exact(tensors, lengths, heads):
     )
 
 
-def eager(tensors, heads):
-    packing = pack(tensors["cumulative"], device=CPU)
+def packing_of(lengths):
+    return pack(torch.tensor([0, *lengths]).cumsum(0).int(), device=CPU)
+
+
+def eager(tensors, lengths, heads):
+    packing = packing_of(lengths)
     return with_gradients(lambda *leaves: attention(*leaves, packing, heads=heads), tensors)
 
 
-def name_of(case):
-    return "-".join(map(str, case)).replace(" ", "_")
+def call_of(tensors, sequences, heads):
+    """The kernels' call, with gradients: also in float32, where the operation has the reference."""
+    lengths = LENGTHS[sequences]
+    packing = pack_evenly(len(lengths), lengths[0]) if sequences in EVEN else packing_of(lengths)
+    leaves = [tensors[name].requires_grad_() for name in NAMES[1:]]
+    arguments = (*leaves, packing.cumulative, heads, packing.num_clips, packing.longest)
+    settings = ("attention._Attention.apply", arguments, {}, [tensors["d_out"]])
+    return "applied.gradients", settings, {}
 
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
     """Outputs and gradients of every case from the kernels in Triton's interpreter."""
-    cases = {}
-    for sequences, heads, d in CASES:
-        for dtype in ("float32", "float16"):  # bfloat16 is wrong in Triton's interpreter
-            tensors = inputs(LENGTHS[sequences], heads, d, dtype=dtype)
-            cases[name_of((sequences, heads, d, dtype))] = (tensors, {"heads": heads})
-    cases["long"] = (inputs(LENGTHS["long"], 1, 64), {"heads": 1})
+    calls = {}
+    cases = [(*case, "float32") for case in CASES]
+    cases += [(*case, "float16") for case in HALF]  # bfloat16 is wrong in Triton's interpreter
+    for sequences, heads, d, dtype in cases:
+        tensors = inputs(LENGTHS[sequences], heads, d, dtype=dtype)
+        calls[sequences, heads, d, dtype] = call_of(tensors, sequences, heads)
+    calls["long"] = call_of(inputs(LENGTHS["long"], 1, 64), "long", 1)
     for kind in EXTREME:
-        cases[name_of([kind])] = (inputs(LENGTHS["ragged"], 2, 64, kind=kind), {"heads": 2})
-    return interpret(tmp_path_factory.mktemp("interpreter"), "attention", cases)
+        calls[kind] = call_of(inputs(LENGTHS["ragged"], 2, 64, kind=kind), "ragged", 2)
+    made = interpret(calls, tmp_path_factory.mktemp("interpreter"))
+    return {
+        name: dict(zip(NAMES, (*outputs, *gradients), strict=True))
+        for name, (outputs, gradients) in made.items()
+    }
 
 
 @pytest.mark.parametrize("lengths", [[1, 17, 0, 67], [9, 9, 9], [5], [0, 0], []])
@@ -102,9 +122,9 @@ def test_the_reference_is_the_formula_with_gradients(lengths, heads, d):
     tensors = inputs(lengths, heads, d)
     wide = {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
     expected = exact(tensors, lengths or [0], heads)
-    assert_close(eager(wide, heads), expected, rtol=1e-9, atol=1e-10)
+    assert_close(eager(wide, lengths, heads), expected, rtol=1e-9, atol=1e-10)
     assert_close(
-        eager(tensors, heads),
+        eager(tensors, lengths, heads),
         {name: tensor.float() for name, tensor in expected.items()},
         **TOLERANCE["float32"],
     )
@@ -114,27 +134,24 @@ def test_the_reference_is_the_formula_with_gradients(lengths, heads, d):
 def test_the_kernels_are_the_formula_and_write_every_element(interpreted, sequences, heads, d):
     lengths = LENGTHS[sequences]
     expected = exact(inputs(lengths, heads, d), lengths, heads)
-    case = name_of((sequences, heads, d, "float32"))
-    found = {name: interpreted[f"{case}.{name}"] for name in NAMES}
     expected = {name: tensor.float() for name, tensor in expected.items()}
-    assert_close(found, expected, **TOLERANCE["float32"])
+    assert_close(interpreted[sequences, heads, d, "float32"], expected, **TOLERANCE["float32"])
 
 
 def test_sequences_of_large_tiles_are_the_formula(interpreted):
     expected = exact(inputs(LENGTHS["long"], 1, 64), LENGTHS["long"], 1)
-    found = {name: interpreted[f"long.{name}"] for name in NAMES}
     expected = {name: tensor.float() for name, tensor in expected.items()}
-    assert_close(found, expected, **TOLERANCE["float32"])
+    assert_close(interpreted["long"], expected, **TOLERANCE["float32"])
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case[0] != "nothing"])
+@pytest.mark.parametrize("case", HALF)
 def test_half_precision_loses_no_more_than_pytorch_does(interpreted, case):
     sequences, heads, d = case
     lengths = LENGTHS[sequences]
     tensors = inputs(lengths, heads, d, dtype="float16")
-    expected, of_pytorch = exact(tensors, lengths, heads), eager(tensors, heads)
+    expected, of_pytorch = exact(tensors, lengths, heads), eager(tensors, lengths, heads)
     for name in NAMES:
-        found = interpreted[f"{name_of((*case, 'float16'))}.{name}"]
+        found = interpreted[(*case, "float16")][name]
         assert found.dtype == of_pytorch[name].dtype
         error = relative_error(found, expected[name])
         allowed = 1.5 * relative_error(of_pytorch[name], expected[name])
@@ -146,44 +163,26 @@ def test_extreme_scores_stay_finite_and_right(interpreted, kind):
     lengths = LENGTHS["ragged"]
     expected = exact(inputs(lengths, 2, 64, kind=kind), lengths, 2)
     for name in NAMES:
-        found = interpreted[f"{name_of([kind])}.{name}"]
+        found = interpreted[kind][name]
         assert_close(found, expected[name].float(), rtol=1e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("size", TILES)
-def test_tiles_cover_every_token_of_its_sequence_once(size):
-    lengths = [1, 0, 2 * size, size + 1, 0, 3]
-    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    tiles = pack(ends, device=CPU).tiles[TILES.index(size)]
-    assert tiles.dtype == torch.int32
-    covered = [
-        (sequence, token)
-        for first, begin, end in tiles.tolist()
-        for sequence in [ends.tolist().index(begin, ends.tolist().index(end) - 1)]
-        for token in range(first, min(first + size, end))
-    ]
-    expected = [
-        (sequence, token)
-        for sequence in range(len(lengths))
-        for token in range(int(ends[sequence]), int(ends[sequence + 1]))
-    ]
-    assert covered == expected
-
-
-def test_an_even_packing_is_made_once_and_fits_training_after_inference():
-    with torch.inference_mode():
-        packing = pack_evenly(3, 100, device=CPU)
-    assert pack_evenly(3, 100, device=CPU) is packing
-    assert (packing.ends, packing.lengths) == ((0, 100, 200, 300), (100, 100, 100))
-    assert (packing.num_tokens, packing.longest) == (300, 100)
-    assert not any(tiles.is_inference() for tiles in packing.tiles)
+def test_lengths_are_read_unless_the_longest_is_given():
+    ends = torch.tensor([0, 3, 3, 8], dtype=torch.int32)
+    packing = pack(ends, device=CPU)
+    assert packing[1:] == (3, 5, 8)
+    assert_close(packing.cumulative, ends, rtol=0, atol=0)
+    assert pack(torch.zeros(1, dtype=torch.int32), device=CPU)[1:] == (0, 0, 0)
+    meta = pack(ends.to("meta"), device=torch.device("meta"), longest=6)  # there are no values
+    assert meta[1:] == (3, 6, None)
+    assert pack_evenly(3, 100) == Packing(None, 3, 100, 300)
 
 
 def test_sequences_do_not_see_each_other():
     tensors = inputs([5, 8], 2, 16)
-    expected = eager(tensors, 2)["out"][:5]
+    expected = eager(tensors, [5, 8], 2)["out"][:5]
     tensors["qkv"][5:] = 100.0
-    assert_close(eager(tensors, 2)["out"][:5], expected, rtol=0, atol=0)
+    assert_close(eager(tensors, [5, 8], 2)["out"][:5], expected, rtol=0, atol=0)
 
 
 TYPES = {
@@ -191,7 +190,7 @@ TYPES = {
     "q_gain": "*fp32",
     "k_gain": "*fp32",
     "rstd": "*fp32",
-    "tiles": "*i32",
+    "cumulative": "*i32",
     "out": "*{}",
     "d_out": "*{}",
     "lse": "*fp32",
@@ -200,6 +199,7 @@ TYPES = {
     "d_qkv": "*{}",
     "d_gain": "*fp32",
     "num_tokens": "i32",
+    "longest": "i32",
     "width": "i32",
     "heads": "i32",
     "span": "i32",
@@ -207,9 +207,9 @@ TYPES = {
     "eps": "fp32",
 }
 KERNELS = {
-    "fwd": module._attention_fwd_kernel,
-    "dq": module._attention_bwd_dq_kernel,
-    "dkv": module._attention_bwd_dkv_kernel,
+    "fwd": kernels._attention_fwd_kernel,
+    "dq": kernels._attention_bwd_dq_kernel,
+    "dkv": kernels._attention_bwd_dkv_kernel,
 }
 DOTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
@@ -221,13 +221,15 @@ def compiled(kernel, capability, constants, **options):
     )
 
 
+@pytest.mark.parametrize("is_even", [True, False], ids=["even", "ragged"])
 @pytest.mark.parametrize("row", CONFIGS, ids=lambda row: "-".join(map(str, row)))
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_the_kernels_compile_for_gpus(capability, row, monkeypatch, tmp_path):
+def test_the_kernels_compile_for_gpus(capability, row, is_even, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel, block, _ = row
     config = CONFIGS[row]
     constants = {
+        "EVEN": is_even,
         "HEAD": 64 if block == 64 else 88,  # of 88, the mask is compiled too
         "BLOCK": block,
         "TILE": config.tile,
@@ -255,14 +257,14 @@ def test_the_kernels_compile_for_gpus(capability, row, monkeypatch, tmp_path):
 def test_the_passes_of_the_norms_compile_for_gpus(capability, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     rstd = compiled(
-        module._rstd_kernel,
+        kernels._rstd_kernel,
         capability,
         {"ROWS": module.RSTD_VALUES // 512, "BLOCK": 512},
         warps=module.RSTD_WARPS,
         is_fused=True,
     )
     norm = compiled(
-        module._attention_bwd_norm_kernel,
+        kernels._attention_bwd_norm_kernel,
         capability,
         {"HEADS": 8, "ROWS": module.NORM_ROWS, "COLUMNS": module.NORM_COLUMNS},
         warps=module.NORM_WARPS,
@@ -273,10 +275,6 @@ def test_the_passes_of_the_norms_compile_for_gpus(capability, monkeypatch, tmp_p
         assert made.registers <= 128, "at least four programs run at once"
         assert made.shared_bytes <= SHARED_LIMIT[capability] // 8
         assert "ld.global.v4.b32" in made.ptx, "rows are read 16 bytes at a time"
-
-
-def packing_of(lengths):
-    return pack(torch.tensor([0, *lengths]).cumsum(0).int(), device=CPU)
 
 
 @pytest.mark.parametrize(
@@ -311,4 +309,4 @@ def test_what_cannot_be_lengths_is_refused(cumulative, message):
 
 def test_more_tokens_than_an_index_holds_are_refused():
     with pytest.raises(ValueError, match="100000 clips of 30000 tokens are more than 2147483647"):
-        pack_evenly(100_000, 30_000, device=CPU)
+        pack_evenly(100_000, 30_000)

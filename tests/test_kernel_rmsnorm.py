@@ -79,17 +79,31 @@ def eager(tensors):
     return with_gradients(call, tensors)
 
 
-def name_of(shape, form, types):
-    return f"{'x'.join(map(str, shape))}-{form.replace(' ', '_')}-{types}"
+def call_of(shape, form, types, **changes):
+    """The operation with its gradients."""
+    tensors = inputs(shape, form, types)
+    leaves = {name: tensors[name].requires_grad_() for name in LEAVES if name in tensors}
+    arguments = (leaves.pop("x"), leaves.pop("weight", None))
+    upstream = [tensors[name] for name in ("d_h", "d_out") if name in tensors]
+    settings = {**leaves, "keep": tensors.get("keep"), **changes}
+    return "applied.gradients", ("rmsnorm.rmsnorm", arguments, settings, upstream), {}
 
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
-    """What the kernels make of every case in Triton's interpreter, gradients as `d_NAME`."""
-    cases = {name_of(*case): (inputs(*case), {"dtype": TYPES[case[2]][0]}) for case in CASES}
+    """What the operation makes of every case in Triton's interpreter, gradients as `d_NAME`."""
+    calls = {case: call_of(*case) for case in CASES}
     narrow = ((3, 67, 64), "all", "autocast")
-    cases["narrow"] = (inputs(*narrow), {"dtype": "float16"})
-    return interpret(tmp_path_factory.mktemp("interpreter"), "rmsnorm", cases)
+    calls["narrow"] = call_of(*narrow, dtype=torch.float16)
+    made = interpret(calls, tmp_path_factory.mktemp("interpreter"))
+    found = {}
+    for case, (outputs, gradients) in made.items():
+        form = FORMS[narrow[1] if case == "narrow" else case[1]]
+        names = [name for name, of in (("h", "branch"), ("out", "weight")) if of in form]
+        leaves = [name for name in ("x", "weight", "branch", "gamma") if name in form]
+        found[case] = dict(zip(names, outputs, strict=True))
+        found[case] |= {f"d_{name}": d for name, d in zip(leaves, gradients, strict=True)}
+    return found
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -103,8 +117,11 @@ def test_the_reference_is_the_formula_with_gradients(shape, form):
 @pytest.mark.parametrize(("shape", "form"), [case[:2] for case in CASES if case[2] == "float32"])
 def test_the_kernels_are_the_formula_and_write_every_element(interpreted, shape, form):
     expected = exact(inputs(shape, form, "float32"))
-    found = {name: interpreted[f"{name_of(shape, form, 'float32')}.{name}"] for name in expected}
-    assert_close(found, {name: tensor.float() for name, tensor in expected.items()}, **TOLERANCE)
+    assert_close(
+        interpreted[shape, form, "float32"],
+        {name: tensor.float() for name, tensor in expected.items()},
+        **TOLERANCE,
+    )
 
 
 @pytest.mark.parametrize("types", ["half", "autocast"])
@@ -114,7 +131,7 @@ def test_half_precision_loses_no_more_than_pytorch_does(interpreted, form, types
     tensors = inputs(shape, form, types)
     expected, of_pytorch = exact(tensors), eager(tensors)
     for name in expected:
-        found = interpreted[f"{name_of(shape, form, types)}.{name}"]
+        found = interpreted[shape, form, types][name]
         assert found.dtype == of_pytorch[name].dtype
         error = relative_error(found, expected[name])
         allowed = 1.5 * relative_error(of_pytorch[name], expected[name])
@@ -123,9 +140,9 @@ def test_half_precision_loses_no_more_than_pytorch_does(interpreted, form, types
 
 def test_rows_may_be_normalised_into_a_narrower_type(interpreted):
     tensors = inputs((3, 67, 64), "all", "autocast")
-    wide = interpreted[f"{name_of((3, 67, 64), 'all', 'autocast')}.out"]
-    assert interpreted["narrow.h"].dtype == torch.float32
-    assert_close(interpreted["narrow.out"], wide.half(), rtol=0, atol=0)
+    wide = interpreted[(3, 67, 64), "all", "autocast"]["out"]
+    assert interpreted["narrow"]["h"].dtype == torch.float32
+    assert_close(interpreted["narrow"]["out"], wide.half(), rtol=0, atol=0)
     arguments = {name: tensors[name] for name in INPUTS}
     _, found = rmsnorm(**arguments, dtype=torch.float16)
     assert_close(found, rmsnorm(**arguments)[1].half(), rtol=0, atol=0)

@@ -3,14 +3,14 @@
 import pytest
 import torch
 from coded import coded_targets, vectors
-from interpreted import interpret
+from interpret import interpret
 from test_alignment import formula
 from torch.testing import assert_close
 
 from distill.kernels import alignment as alignment_module
 from distill.kernels import linear_alignment as module
 from distill.kernels.gpu_build import CAPABILITIES, SHARED_LIMIT, build
-from distill.kernels.linear_alignment import _gram, _rows_in_torch, linear_alignment
+from distill.kernels.linear_alignment import _gram, linear_alignment
 
 UPSTREAM = 0.6
 EACH = torch.tensor([UPSTREAM, -1.2])  # layers' upstream gradients
@@ -49,6 +49,35 @@ def plain_targets(clips, tokens, width):
     return found / found.norm(dim=-1, keepdim=True)
 
 
+def rows_in_torch(h, products, squares, scales, vectors, numbers, *, out_width, factor):
+    """What the kernel writes, in the dtype of its inputs."""
+    width = h.shape[1]
+    g_bias, q_bias, shift, mean_product = vectors[:4]
+    p = products[:, :width] * scales[:, None] + mean_product
+    p_bias, p_shift = (products[:, width + i] * scales for i in range(2))
+    g, q = squares.chunk(2, dim=1)
+    variance = (h * (g + 2 * g_bias)).sum(1) + numbers[0]
+    r = ((variance / out_width).clamp_min(0) + alignment_module.EPS).rsqrt()
+    squared = (h * (q + 2 * q_bias)).sum(1) + numbers[1]
+    along = (h * shift).sum(1) + numbers[2]
+    length = r.square() * squared + 2 * r * along + numbers[3]
+    inverse = 1 / length.clamp_min(0).sqrt().clamp_min(alignment_module.TINY)
+    u = (h * p).sum(1) + p_bias + numbers[4]
+    cosine = (r * u + p_shift + numbers[5]) * inverse
+    a, e = -2 * inverse, cosine * inverse.square()
+    dr = a * u + 2 * e * (r * squared + along)
+    f = -r.pow(3) * dr / 2 / out_width
+    ar, er, err, none = a * r, e * r, e * r.square(), torch.zeros_like(a)
+    dh = ar[:, None] * p + 2 * err[:, None] * (q + q_bias)
+    dh += 2 * er[:, None] * shift + 2 * f[:, None] * (g + g_bias)
+    beside = torch.stack([ar * scales, a * scales, *[none] * (module.PAD - 2)], dim=1)
+    weighted = torch.cat([(ar * scales)[:, None] * h, beside], dim=1)
+    beside = torch.stack([ar, err, er, f, *[none] * (module.PAD - 4)], dim=1)
+    curved = torch.cat([err[:, None] * h, f[:, None] * h, beside], dim=1)
+    sums = torch.stack([2 - 2 * cosine, ar, a, err, er, e, f, none], dim=1)
+    return factor * dh, weighted, curved, sums
+
+
 @pytest.fixture(params=["whole", "clip by clip"])
 def parts(request, monkeypatch):
     if request.param != "whole":
@@ -58,7 +87,7 @@ def parts(request, monkeypatch):
 @pytest.mark.parametrize(("width", "out_width"), [(1, 13), (24, 57), (16, 1408)])
 def test_the_gram_form_is_exact(parts, width, out_width):
     arguments, targets = inputs(width, out_width), plain_targets(3, 5, out_width)
-    found = _gram(*arguments, targets, upstream=UPSTREAM, rows_part=_rows_in_torch)
+    found = _gram(*arguments, targets[None], upstream=UPSTREAM, rows_part=rows_in_torch)
     for one, want in zip(found, expected(arguments, targets), strict=True):
         assert_close(one, want, **GRAM)
 
@@ -67,7 +96,7 @@ def test_the_gram_form_is_exact(parts, width, out_width):
 def test_the_gram_form_takes_codes_in_their_frame(parts, bits, out_width):
     arguments = inputs(24, out_width)
     targets = coded_targets(bits, out_width, clips=3, layers=2).layer(1)
-    found = _gram(*arguments, targets, upstream=UPSTREAM, rows_part=_rows_in_torch)
+    found = _gram(*arguments, targets, upstream=UPSTREAM, rows_part=rows_in_torch)
     for one, want in zip(found, expected(arguments, vectors(targets)[:, 0]), strict=True):
         assert_close(one, want, **CODED)
 
@@ -99,28 +128,32 @@ def interpreted(tmp_path_factory):
         calls[f"rows {width}"] = (place, row_inputs(width), settings)
     arguments, targets = inputs(24, 57, torch.float32), plain_targets(3, 5, 57).float()
     settings = {"upstream": UPSTREAM}
-    calls["gram"] = ("linear_alignment._gram", (*arguments, targets), settings)
-    settings = {**settings, "programs": 2}
-    calls["chunks"] = ("linear_alignment._chunks", (*arguments, targets), settings)
+    for form in ("gram", "chunks"):
+        calls[form] = (f"linear_alignment._{form}", (*arguments, targets[None]), settings)
+    parts = ("linear_alignment._chunks", (*arguments, targets[None]), settings)
+    calls["chunks clip by clip"] = ("applied.clip_by_clip", parts, {})
     coded = (*inputs(24, 96, torch.float32), coded_targets(4, 96, clips=3, layers=1))
     calls["coded chunks"] = ("linear_alignment._chunks", coded, settings)
     for width in APPLIED:
-        groups = [[x, x] for x in inputs(width, 57, torch.float32)]
+        leaves = inputs(width, 57, torch.float32)
+        groups = [[x.clone().requires_grad_() for _ in EACH] for x in leaves]
         targets = plain_targets(3, 5, 57).float()
-        arguments = ("linear", groups, torch.stack([targets, -targets]), EACH, 0.6)
-        calls[f"applied {width}"] = ("applied.gradients", arguments, {})
+        arguments = (*groups, torch.stack([targets, -targets]))
+        call = ("linear_alignment.linear_alignment", arguments, {"upstream": UPSTREAM})
+        calls[f"applied {width}"] = ("applied.gradients", (*call, [EACH]), {})
+        calls[f"twice {width}"] = ("applied.second_backward", call, {})
     return interpret(calls, tmp_path_factory.mktemp("interpreter"))
 
 
 @pytest.mark.parametrize("width", [24, 65])
-def test_the_kernel_is_the_rows_in_torch_and_writes_every_element(interpreted, width):
+def test_the_kernel_is_therows_in_torch_and_writes_every_element(interpreted, width):
     exact = [x.double() for x in row_inputs(width)]
-    want = _rows_in_torch(*exact, out_width=57, factor=0.01)
+    want = rows_in_torch(*exact, out_width=57, factor=0.01)
     for one, other in zip(interpreted[f"rows {width}"], want, strict=True):
         assert_close(one.double(), other, **KERNEL)
 
 
-@pytest.mark.parametrize("name", ["gram", "chunks"])
+@pytest.mark.parametrize("name", ["gram", "chunks", "chunks clip by clip"])
 def test_with_kernels_it_is_the_formula(interpreted, name):
     want = expected(inputs(24, 57, torch.float32), plain_targets(3, 5, 57).float())
     for one, other in zip(interpreted[name], want, strict=True):
@@ -136,14 +169,14 @@ def test_chunks_take_coded_targets(interpreted):
 
 @pytest.mark.parametrize("width", APPLIED)
 def test_the_function_is_the_formula_for_every_layer(interpreted, width):
-    losses, found, message = interpreted[f"applied {width}"]
+    (losses,), found = interpreted[f"applied {width}"]
     arguments, targets = inputs(width, 57, torch.float32), plain_targets(3, 5, 57).float()
     for layer, aims in enumerate((targets, -targets)):
         loss, *want = expected(arguments, aims)
         assert_close(losses[layer].double(), loss, **SINGLE)
         for one, gradient in zip(found[layer::2], want, strict=True):
             assert_close(one.double(), gradient * EACH[layer] / UPSTREAM, **SINGLE)
-    assert "handed out once" in message
+    assert "handed out once" in interpreted[f"twice {width}"]
 
 
 def test_the_operation_is_the_formula_for_every_layer():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from interpreted import interpret
+from interpret import interpret
 from torch.testing import assert_close
 
 from distill.kernels import patch_embed as module
@@ -66,7 +66,8 @@ def interpreted(tmp_path_factory):
             {},
         )
     patches, *others = inputs(*SHAPES[1])
-    arguments = (patches, *(x.float() for x in others))
+    weight, bias, upstream = (x.float() for x in others)
+    arguments = (patches, weight.requires_grad_(), bias.requires_grad_(), upstream)
     calls["applied"] = ("applied.embedding", arguments, STATISTICS)
     return interpret(calls, tmp_path_factory.mktemp("interpreter"))
 
@@ -95,7 +96,8 @@ def test_the_kernels_are_the_formula_and_write_every_element(interpreted, index)
 
 
 def test_the_function_gives_embeddings_and_gradients(interpreted):
-    for found, want in zip(interpreted["applied"], formula(*inputs(*SHAPES[1])), strict=True):
+    (out,), gradients = interpreted["applied"]
+    for found, want in zip((out, *gradients), formula(*inputs(*SHAPES[1])), strict=True):
         assert_close(found.double(), want, rtol=1e-4, atol=1e-5)
 
 

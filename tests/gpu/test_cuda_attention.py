@@ -115,7 +115,7 @@ def test_wider_types_take_the_reference(dtype):
 @pytest.mark.parametrize("d", [64, 88])
 def test_equal_input_gives_equal_bits(d):
     leaves, d_out = inputs([411] * 32, 6, d, dtype=torch.bfloat16)
-    packing = pack_evenly(32, 411, device=CUDA)
+    packing = pack_evenly(32, 411)
     first = with_gradients(lambda *x: attention(*x, packing, heads=6), leaves, d_out)
     for _ in range(5):
         again = with_gradients(lambda *x: attention(*x, packing, heads=6), leaves, d_out)
@@ -126,14 +126,14 @@ def test_offsets_past_two_to_the_31():
     heads, d, tokens = 16, 64, 411
     clips = 2**31 // (3 * heads * d * tokens) + 8
     leaves, d_out = inputs([tokens], heads, d, dtype=torch.bfloat16)
-    one, many = pack_evenly(1, tokens, device=CUDA), pack_evenly(clips, tokens, device=CUDA)
     qkv, d_outs = leaves[0].repeat(clips, 1), d_out.repeat(clips, 1)
     assert qkv.numel() > 2**31
-    settings = {"heads": heads, "longest": tokens}
-    found = _attention_fwd(qkv, *leaves[1:], many.tiles, **settings)
-    expected = _attention_fwd(*leaves, one.tiles, **settings)
-    d_qkv, *_ = _attention_bwd(d_outs, qkv, *leaves[1:], *found, many.tiles, **settings)
-    d_one, *_ = _attention_bwd(d_out, *leaves, *expected, one.tiles, **settings)
+    many = {"heads": heads, "clips": clips, "longest": tokens}
+    one = {**many, "clips": 1}
+    found = _attention_fwd(qkv, *leaves[1:], None, **many)
+    expected = _attention_fwd(*leaves, None, **one)
+    d_qkv, *_ = _attention_bwd(d_outs, qkv, *leaves[1:], *found, None, **many)
+    d_one, *_ = _attention_bwd(d_out, *leaves, *expected, None, **one)
     for clip in (0, clips // 2, clips - 1):
         rows = slice(clip * tokens, (clip + 1) * tokens)
         assert_close(found[0][rows], expected[0], rtol=0, atol=0)
