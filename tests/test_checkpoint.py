@@ -1,5 +1,6 @@
 """Checkpoints are whole or not there, damage is named, and random states come back exactly."""
 
+import dataclasses
 import os
 import random
 import re
@@ -50,6 +51,18 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path):
     assert found.state == {"step": 12, "best": 0.30000000000000004}
     with safetensors.safe_open(path / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "frames": "8"}
+
+
+def test_averaged_weights_have_a_file_of_their_own(tmp_path):
+    checkpoint = dataclasses.replace(make_checkpoint(3), ema={"a": torch.full((2,), 0.3)})
+    path = save_checkpoint(tmp_path, checkpoint, metadata={})
+    assert_close(load_checkpoint(path).ema["a"], checkpoint.ema["a"], rtol=0, atol=0)
+    assert load_checkpoint(save(tmp_path, 4)).ema is None
+    (path / "model_ema.safetensors").unlink()
+    with pytest.raises(
+        StateError, match=r"model_ema\.safetensors: damaged checkpoint, the file is"
+    ):
+        load_checkpoint(path)
 
 
 def test_latest_is_the_highest_step(tmp_path):

@@ -156,6 +156,30 @@ def test_fc_drop_acts_before_the_head_in_training_alone():
     torch.testing.assert_close(model.eval()(x), plain(x))
 
 
+@pytest.mark.parametrize("probe", [None, "attentive_mlp", "cls_avg1_proj"])
+def test_head_drop_path_drops_the_pooled_vector_in_training_alone(probe):
+    model, plain = (
+        fill(make_classifier(head_drop_path=rate, probe=probe)).train() for rate in (0.2, 0.0)
+    )
+    x = clip(2, 4, 56)
+    found = model(x, head_keep=torch.tensor([0.0, 1.25]))
+    with torch.no_grad():
+        summary = plain.summary(plain.hidden(x)["hidden"])
+        pooled = summary["pooled"] * torch.tensor([[0.0], [1.25]])
+        expected = plain(features={**summary, "pooled": pooled})
+    torch.testing.assert_close(found, expected)
+    assert float((found - plain(x)).detach().abs().max()) > 1e-4
+    torch.testing.assert_close(model.eval()(x), plain.eval()(x))
+    torch.testing.assert_close(
+        model.head_keep(torch.tensor([0.1, 0.2, 0.9])), torch.tensor([0.0, 1.25, 1.25])
+    )
+
+
+def test_head_drop_path_is_a_rate():
+    with pytest.raises(ValueError, match="head_drop_path must be at least 0 and below 1, got 1"):
+        make_classifier(head_drop_path=1)
+
+
 def test_drop_path_factors_reach_the_blocks():
     model = fill(make_classifier())
     x, keep = clip(2, 4, 56), torch.rand(8, 2)

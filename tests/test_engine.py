@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from distill import recipe
-from distill.engine import Engine, NonFiniteError, reproducible, split_batch
+from distill.engine import Engine, NonFiniteError, average_weights, reproducible, split_batch
 from distill.errors import StateError
 from distill.objective import ClassifyObjective
 from distill.students import ViTSize, create_classifier
@@ -225,6 +225,42 @@ def test_loaded_state_goes_on_bit_for_bit(precision):
     for name, value in straight.weights().items():
         assert_close(second.weights()[name], value, rtol=0, atol=0, msg=name)
     assert second.scaler_state() == straight.scaler_state()
+
+
+def test_averaged_weights_follow_the_formula_and_resume():
+    engine = make_engine(ema=0.9)
+    expected = {name: value.double() for name, value in weights_of(engine).items()}
+    for step in range(4):
+        engine.step(make_batch(4, seed=step), step=step, lr=1e-2)
+        for name, value in engine.weights().items():
+            expected[name] = 0.9 * expected[name] + 0.1 * value.double()
+        if step == 1:
+            second = make_engine(ema=0.9)
+            second.load(
+                weights_of(engine),
+                copy.deepcopy(engine.optimizer_state()),
+                engine.scaler_state(),
+                copy.deepcopy(engine.ema_weights()),
+            )
+        elif step > 1:
+            second.step(make_batch(4, seed=step), step=step, lr=1e-2)
+    for name, value in engine.ema_weights().items():
+        assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-7, msg=name)
+        assert_close(second.ema_weights()[name], value, rtol=0, atol=0, msg=name)
+    assert not any(parameter.requires_grad for parameter in engine.ema_model.parameters())
+    assert not engine.ema_model.training and engine.model.training
+    distance = engine.ema_weights()["head.weight"] - engine.weights()["head.weight"]
+    assert float(distance.abs().max()) > 1e-3
+    assert make_engine().ema_weights() is None
+
+
+def test_running_statistics_are_averaged_and_their_count_is_copied():
+    average, model = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    model(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
+    average_weights(average, model, decay=0.75)
+    assert_close(average.running_mean, 0.25 * model.running_mean)
+    assert_close(model.running_mean, torch.tensor([0.2, 0.5]))
+    assert int(average.num_batches_tracked) == 1
 
 
 def gather_gradient() -> torch.Tensor:

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from distill import draw
 from distill.cache.codes import Codec
-from distill.objective import ClassifyObjective, DistillObjective, draw_keep
+from distill.objective import ClassifyObjective, DistillObjective, draw_head_keep, draw_keep
 from distill.recipe import Classify, Distill
 from distill.students import create_classifier, create_student
 from distill.students.vit import ViTSize, patchify, take_rows, visible_tokens
@@ -246,3 +246,72 @@ def test_classifiers_drop_path_is_drawn_from_the_clips():
     torch.manual_seed(123)
     assert objective(batch)["loss"].item() == first
     assert abs(objective({**batch, "epoch": 1})["loss"].item() - first) > 1e-4
+
+
+def repeated_losses(model, batch, **settings):
+    """The loss of each view of a batch by itself."""
+    objective = ClassifyObjective(model, Classify(kind="classify", num_classes=7), **settings)
+    names = [name for name in batch if name != "epoch"]
+    return torch.stack(
+        [
+            objective({**{name: batch[name][row : row + 1] for name in names}, "epoch": 3})["loss"]
+            for row in range(len(batch["label"]))
+        ]
+    ).detach()
+
+
+@pytest.mark.parametrize("rates", [{"drop_path": 0.5}, {"head_drop_path": 0.5}])
+def test_views_of_one_clip_are_dropped_from_apart(rates):
+    model = fill(classifier(**rates))
+    model.train()
+    one = {name: value for name, value in classify_batch().items() if name != "epoch"}
+    same = {name: value[:1].repeat_interleave(12, dim=0) for name, value in one.items()}
+    first = repeated_losses(model, same, seed=0)
+    assert_close(first, first[:1].expand(12), rtol=0, atol=0)
+    zeros = torch.zeros(12, dtype=torch.int64)
+    assert_close(repeated_losses(model, {**same, "repeat": zeros}, seed=0), first, rtol=0, atol=0)
+    apart = repeated_losses(model, {**same, "repeat": torch.arange(12)}, seed=0)
+    assert apart[0] == first[0]
+    assert len(set(apart.tolist())) > 1
+    assert_close(
+        repeated_losses(model, {**same, "repeat": torch.arange(12)}, seed=0), apart, rtol=0, atol=0
+    )
+    other = repeated_losses(model, {**same, "repeat": torch.arange(12)}, seed=1)
+    assert not torch.equal(other, apart)
+
+
+def test_the_pooled_vector_is_dropped_at_its_rate_and_only_in_training():
+    model = classifier(head_drop_path=0.3)
+    clip_ids = torch.tensor([draw.key("clip", index) for index in range(20_000)])
+    keep = draw_head_keep(model, clip_ids, seed=0, epoch=0)
+    assert_close((keep == 0).float().mean().item(), 0.3, rtol=0, atol=0.015)
+    assert_close(keep.max().item(), 1 / 0.7)
+    blocks = draw.uniform(clip_ids, "drop-path", 0, 0, count=1)[:, 0] < 0.3
+    assert_close(((keep == 0) & blocks).float().mean().item(), 0.09, rtol=0, atol=0.01)
+    model.eval()
+    assert draw_head_keep(model, clip_ids, seed=0, epoch=0) is None
+
+
+def test_probes_drop_the_pooled_vector_too():
+    model = fill(classifier(head_drop_path=0.99))
+    model.train()
+    section = Classify(kind="classify", num_classes=7, trainable="pool")
+    batch = classify_batch()
+    ClassifyObjective(model, section, seed=0)(batch)["loss"].backward()
+    assert not model.clip_projector.cross_attn.proj.weight.grad.any()
+    assert model.head.bias.grad.abs().max() > 0
+
+
+def test_soft_targets_are_smoothed_and_scored_by_their_largest():
+    model, batch = fill(classifier()), classify_batch()
+    target = torch.zeros(3, 7)
+    target[0, 1], target[0, 2] = 0.3, 0.7
+    target[1, 4], target[2, 0] = 1.0, 1.0
+    section = Classify(kind="classify", num_classes=7, label_smoothing=0.1)
+    losses = ClassifyObjective(model, section, seed=0)({**batch, "target": target})
+    log_shares = model(batch["pixels"]).detach().double().log_softmax(1)
+    aims = 0.9 * target.double() + 0.1 / 7
+    expected = -(aims * log_shares).sum(1).mean()
+    assert_close(losses["loss"].detach().double(), expected, rtol=1e-5, atol=1e-6)
+    hits = (log_shares.argmax(1) == torch.tensor([2, 4, 0])).float().mean()
+    assert_close(losses["top1"], 100 * hits)

@@ -204,3 +204,14 @@ def test_small_jobs_are_told_in_small_units():
     assert rows["  training"] == "under a minute"
     slow = make_plan(stages["distilled"], sustained_tflops=0.01)
     assert dict(plan_rows(slow))["  training"] == "8 minutes"
+
+
+def test_repeats_are_views_of_an_epoch():
+    """1B on K710: 512 views a step are 256 clips twice."""
+    overrides = ["data.train.num_clips=1000", "optim.batch_size=512"]
+    once = make_plan(load_recipe("k710/S14", [*overrides, "data.augment.repeats=1"]))
+    twice = make_plan(load_recipe("k710/S14", [*overrides, "data.augment.repeats=2"]))
+    assert (once.steps_per_epoch, once.last_batch) == (2, 488)
+    assert (twice.steps_per_epoch, twice.last_batch) == (4, 464)
+    assert twice.hours == pytest.approx(2 * once.hours)
+    assert twice.peak_lr == once.peak_lr

@@ -50,6 +50,7 @@ optim:
   batch_size: 8
   epochs: 2
 """
+MIXING = CLASSIFY.replace("num_classes: 5", "num_classes: 5\n  mixing: {}")
 STUDY = """\
 data:
   train: {list: train.csv}
@@ -442,6 +443,23 @@ def test_empty_study_is_refused():
          "optim.warmup_epochs=11: must be at most optim.epochs, 10"),
         (DISTILL, "optim.micro_batch=65",
          "optim.micro_batch=65: must be at most optim.batch_size, 64"),
+        (DISTILL, "data.augment.rand_augment={}",
+         "data.augment.rand_augment={}: only for objective.kind: classify; a teacher's targets are "
+         "of views without it"),
+        (DISTILL, "data.augment.erase.probability=0.1",
+         "data.augment.erase.probability=0.1: only for objective.kind: classify; a teacher's targets are "
+         "of views without it"),
+        (DISTILL, "data.augment.repeats=2",
+         "data.augment.repeats=2: must be 1, but for objective.kind: classify"),
+        (DISTILL, "model.head_drop_path=0.5",
+         "model.head_drop_path=0.5: must be 0, as a student has no classification head"),
+        (CLASSIFY, "data.augment.repeats=3",
+         "r.yaml: optim.batch_size: counts views, and must be divisible by data.augment.repeats, "
+         "3"),
+        (MIXING, "optim.batch_size=7",
+         "optim.batch_size=7: must be even, as objective.mixing mixes clips in pairs"),
+        (MIXING, "optim.micro_batch=5",
+         "optim.micro_batch=5: must be even, as objective.mixing mixes clips in pairs"),
         (DISTILL, "optim.min_lr=1", "optim.min_lr=1: must be at most optim.lr, 0.001"),
         (DISTILL, "objective.teacher.layers=13",
          "objective.teacher.layers=13: is 13, but the student has 12 blocks"),

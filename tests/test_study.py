@@ -148,6 +148,15 @@ def test_files_of_ones_own_are_left_alone(study):
     assert resolve_stages(recipe, study) == recipe
 
 
+def test_averaged_weights_have_a_row_of_their_own():
+    scores = {"top1": 50.0, "top5": 90.0, "seconds": 3.0}
+    summary = {"parameters": 7, "train_seconds": 10.0, "evaluation": scores}
+    averaged = {"evaluation": {**scores, "top1": 60.0, "seconds": 4.0}, "weights": "x"}
+    rows = table_rows({"a": {**summary, "ema": averaged}, "b": {**summary, "ema": None}})
+    found = [(row["name"], row["top1"], row["seconds"]) for row in rows]
+    assert found == [("a", 50.0, 13.0), ("a, averaged", 60.0, 14.0), ("b", 50.0, 13.0)]
+
+
 def test_table_shows_the_rows():
     summary = {
         "parameters": 23_043_840,
