@@ -1,11 +1,27 @@
-"""Which part of a job a process does when several do it together, with no word between them."""
+"""Which part of a job a process does when several do it together, and words between them.
+
+What can be divided beforehand takes `read_part` and needs no words. For what is merged in the
+end, `joined` makes the processes of a torchrun known to each other.
+"""
 
 import os
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
 
-from distill.errors import InputError
+from distill.errors import InputError, StateError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import Work
+
+POLL_SECONDS = 0.05
+PATIENCE = timedelta(days=7)  # for the slowest process; one that ends is noticed at once
+GRACE_SECONDS = 10.0  # for torchrun to stop the others of one that has failed
 
 
 @dataclass(frozen=True)
@@ -61,6 +77,99 @@ def use_own_gpu(environment: Mapping[str, str] = os.environ) -> None:
             f"--nproc-per-node {count}"
         )
     torch.cuda.set_device(rank)
+
+
+@contextmanager
+def joined() -> Iterator[Part]:
+    """Let the processes of a torchrun hear of each other in the block (gloo, so on any machine).
+
+    Gives each its part; alone a process is the whole, and nothing happens.
+    """
+    part = read_part(None)
+    if part == WHOLE:
+        yield part
+        return
+    from torch import distributed
+
+    distributed.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        yield part
+    finally:
+        distributed.destroy_process_group()
+
+
+def joined_part() -> Part:
+    """This process's part among those that have joined, the whole where none have."""
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        return WHOLE
+    return Part(distributed.get_rank(), distributed.get_world_size())
+
+
+def gather(data: bytes) -> list[bytes]:
+    """Every process's bytes at the first one, in order of rank; nothing at the others.
+
+    Waits for the slowest. Raises StateError if another process is gone.
+    """
+    import torch
+    from torch import distributed
+
+    rank, count = distributed.get_rank(), distributed.get_world_size()
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(count)]
+    _finish(distributed.all_gather(sizes, torch.tensor([len(data)]), async_op=True))
+    found = [data]
+    with _named_loss():
+        if rank:
+            distributed.send(_as_tensor(data), dst=0)
+            return []
+        for source, size in enumerate(sizes[1:], 1):
+            buffer = torch.empty(int(size), dtype=torch.uint8)
+            distributed.recv(buffer, src=source)
+            found.append(buffer.numpy().tobytes())
+    return found
+
+
+def broadcast(data: bytes) -> bytes:
+    """The first process's bytes, at every one. Raises StateError if another process is gone."""
+    import torch
+    from torch import distributed
+
+    size = torch.tensor([len(data)])
+    _finish(distributed.broadcast(size, src=0, async_op=True))
+    is_first = distributed.get_rank() == 0
+    buffer = _as_tensor(data) if is_first else torch.empty(int(size), dtype=torch.uint8)
+    _finish(distributed.broadcast(buffer, src=0, async_op=True))
+    return buffer.numpy().tobytes()
+
+
+def _as_tensor(data: bytes) -> "Tensor":
+    import torch
+
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _finish(work: "Work") -> None:
+    """Wait without being deaf to signals, by which torchrun stops those whose sibling failed.
+
+    For collectives: gloo's sends and receives tell only to a blocking wait that they are done.
+    """
+    while not work.is_completed():
+        time.sleep(POLL_SECONDS)
+    with _named_loss():
+        work.wait()
+
+
+@contextmanager
+def _named_loss() -> Iterator[None]:
+    """A connection that breaks as a StateError."""
+    try:
+        yield
+    except RuntimeError as error:
+        time.sleep(GRACE_SECONDS)  # torchrun ends this process too, most of the time
+        raise StateError(
+            f"another process of this job is gone, see its own message ({error})"
+        ) from None
 
 
 def _number(environment: Mapping[str, str], name: str, *, default: int) -> int:

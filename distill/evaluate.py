@@ -1,76 +1,75 @@
-"""Top-1 and top-5 of a classifier: several views of every clip, averaged after the softmax.
+"""Every view of every clip through a classifier, by one process or by all those of a torchrun.
 
-No clip is left out silently: what could not be read is named, counted as wrong, and the score
-without it is given beside the score with it.
+Batches of views are cut at fixed places of the list and dealt out whole, so every view is scored
+once, by the same arithmetic however many processes there are, and none is padded.
 """
 
+import csv
+import io
+import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from distill import log
+from distill import dist, log
 from distill import recipe as schema
-from distill.checkpoint import write_json, write_tensors
+from distill.checkpoint import write_json, write_text
 from distill.data.index import Clip, read_list
-from distill.data.load import ClipLoader, Quarantine, Task, collate, load_eval_task
+from distill.data.load import ClipLoader, Task, View, collate, load_eval_task
+from distill.dist import WHOLE, Part
 from distill.engine import autocast, pick_device, take_kernels, to_device
 from distill.errors import InputError, StateError
+from distill.manifest import make_manifest
+from distill.metrics import RESAMPLES, class_rows, confusion_matrix, measure, merge_views
 from distill.models import build_classifier
+from distill.scores import (
+    RESULT_FILE,
+    SCORES_FILE,
+    Evaluation,
+    Scores,
+    hash_pixels,
+    in_order,
+    join,
+    write_evaluation,
+)
 from distill.students.warmstart import load_weights
-
-TOP = 5
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Logits [R,V] in float32 of R views, with each view's clip id and place in its clip [R]."""
+class Unreadable:
+    """What a loader could not read: the reason by clip id.
 
-    clip_id: Tensor
-    clip_index: Tensor
-    crop_index: Tensor
-    logits: Tensor
-
-
-def merge_views(scores: Scores, clips: Sequence[Clip], *, num_views: int) -> dict:
-    """Top-1 and top-5 in percent over `clips`, from the mean of each clip's softmaxes.
-
-    A clip without any view is `missing` and counts as wrong; `top1_of_read` and `top5_of_read`
-    leave such clips out. A clip with fewer than `num_views` views is scored by those it has and
-    named under `incomplete`. Views are told apart by clip id, not by name. Sums in float64.
+    Unlike a quarantine it keeps no view of a clip from being tried: which ones a damaged file
+    loses must not depend on the order in which workers, or processes, come to them.
     """
-    row_of = {clip.id: row for row, clip in enumerate(clips)}
-    rows = torch.tensor([row_of[clip_id] for clip_id in scores.clip_id.tolist()], dtype=torch.long)
-    labels = torch.tensor([clip.label for clip in clips])
-    sums = torch.zeros(len(clips), scores.logits.shape[1], dtype=torch.float64)
-    sums.index_add_(0, rows, scores.logits.double().softmax(dim=1))
-    views = torch.bincount(rows, minlength=len(clips))
 
-    is_read = views > 0
-    best = sums.topk(min(TOP, sums.shape[1]), dim=1).indices  # a clip's sum ranks as its mean
-    hits = (best == labels[:, None]) & is_read[:, None]
-    num_hits = {"top1": int(hits[:, 0].sum()), "top5": int(hits.sum())}
-    num_read = int(is_read.sum())
-    missing = [clip.name for clip, seen in zip(clips, views.tolist(), strict=True) if seen == 0]
-    incomplete = [
-        clip.name for clip, seen in zip(clips, views.tolist(), strict=True) if 0 < seen < num_views
-    ]
-    return {
-        **{name: 100 * count / len(clips) for name, count in num_hits.items()},
-        **{f"{name}_of_read": 100 * count / max(num_read, 1) for name, count in num_hits.items()},
-        "num_clips": len(clips),
-        "num_missing": len(missing),
-        "num_incomplete": len(incomplete),
-        "missing": missing,
-        "incomplete": incomplete,
-    }
+    def __init__(self) -> None:
+        self.reasons: dict[int, str] = {}
+
+    def __contains__(self, clip: Clip) -> bool:
+        return False
+
+    def add(self, clip: Clip, reason: str) -> None:
+        """Record why a view of the clip cannot be had; of several reasons one that is fixed."""
+        self.reasons[clip.id] = min(reason, self.reasons.get(clip.id, reason))
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process has seen: scores, how many views each decoder read, what is unreadable."""
+
+    scores: Scores
+    decoders: Counter[str]
+    unreadable: dict[int, str]
 
 
 def score_views(
@@ -78,24 +77,26 @@ def score_views(
     clips: Sequence[Clip],
     *,
     data: schema.Data,
+    num_classes: int,
     num_clips: int,
     num_crops: int,
     batch_size: int,
     precision: str,
     device: torch.device,
-    quarantine: Quarantine,
+    part: Part = WHOLE,
     on_batch: Callable[[], None] = lambda: None,
-) -> Scores:
-    """Run `model` on `num_clips` x `num_crops` views of every clip that can be read.
+) -> Share:
+    """Run `model` on a part of the `num_clips` x `num_crops` views of every clip.
 
     `on_batch` is called after every batch and may raise to stop. Raises StateError naming the
-    clip for which the model's scores are not finite, or when no clip could be read.
+    clip for which the model's scores are not finite.
     """
+    unreadable = Unreadable()
     loader = ClipLoader(
         partial(load_eval_task, views=data.views, num_clips=num_clips, num_crops=num_crops),
         workers=data.workers,
         timeout_seconds=data.decode_timeout_seconds,
-        quarantine=quarantine,
+        quarantine=unreadable,
     )
     tasks = [
         Task(clip, clip_index=clip_index, crop_index=crop_index)
@@ -103,37 +104,40 @@ def score_views(
         for clip_index in range(num_clips)
         for crop_index in range(num_crops)
     ]
-    seen: list[Task] = []
-    logits: list[Tensor] = []
+    batches = list(_batches(tasks, batch_size))[part.index :: part.count]
+    rows: list[list[int]] = []
+    logits = [torch.empty(0, num_classes)]
+    decoders: Counter[str] = Counter()
+    title = "evaluate" + (f", {part}" if part.count > 1 else "")
     was_training = model.training
     model.eval()
     try:
-        with log.progress("evaluate", total=len(tasks), unit="views") as bar:
-            for items in loader.run(_batches(tasks, batch_size)):
+        with log.progress(title, total=sum(map(len, batches)), unit="views") as bar:
+            for asked, items in zip(batches, loader.run(batches), strict=True):
                 if items:
                     pixels = to_device(collate(items), device)["pixels"]
                     with torch.inference_mode(), autocast(device, precision):
-                        logits.append(model(pixels).float().cpu())  # [B,V]
-                    seen += [task for task, _ in items]
-                bar.advance(len(items))
+                        logits.append(model(pixels).float().cpu())  # [B,C]
+                    _check_finite(logits[-1], items)
+                    rows += [
+                        [task.clip.id, task.clip_index, task.crop_index, hash_pixels(view.pixels)]
+                        for task, view in items
+                    ]
+                    decoders.update(view.decoder for _, view in items)
+                bar.advance(len(asked))
                 on_batch()
     finally:
         model.train(was_training)
-    if not seen:
-        raise StateError(
-            f"evaluation: none of {len(clips)} clips could be read, e.g. {clips[0].path}"
-        )
-    scores = Scores(
-        clip_id=torch.tensor([task.clip.id for task in seen]),
-        clip_index=torch.tensor([task.clip_index for task in seen]),
-        crop_index=torch.tensor([task.crop_index for task in seen]),
-        logits=torch.cat(logits),
-    )
-    is_sound = scores.logits.isfinite().all(dim=1)
+    table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 4)
+    columns = (column.clone() for column in table.T)
+    return Share(Scores(*columns, torch.cat(logits)), decoders, unreadable.reasons)
+
+
+def _check_finite(logits: Tensor, items: Sequence[tuple[Task, View]]) -> None:
+    is_sound = logits.isfinite().all(dim=1)
     if not bool(is_sound.all()):
-        clip = seen[int(is_sound.int().argmin())].clip
-        raise StateError(f"evaluation: the model's scores of {clip.name} are not finite")
-    return scores
+        name = items[int(is_sound.int().argmin())][0].clip.name
+        raise StateError(f"evaluation: the model's scores of {name} are not finite")
 
 
 def evaluate(
@@ -145,51 +149,127 @@ def evaluate(
     num_crops: int,
     device: torch.device,
     folder: Path | None = None,
+    weights: str | Path | None = None,
+    score: Callable[..., Share] = score_views,
     on_batch: Callable[[], None] = lambda: None,
 ) -> dict:
-    """Evaluate on one of the recipe's lists; returns what `merge_views` does, and the settings.
+    """Evaluate on one of the recipe's lists; returns what `distill.metrics.measure` does.
 
-    With a `folder`, the result is written to its evaluation.json and every view's logits to
-    scores.safetensors.
+    With a `folder`, confidence intervals are added and the result is written to its
+    evaluation.json, every view's logits to scores.safetensors, and tables of classes to
+    classes.csv and confusion.csv. `weights` is the model's file, for its hash, and `score` what
+    scores the views, called as `score_views` is. Where processes of a torchrun have joined
+    (`distill.dist.joined`), each takes its part of the views, the first writes, and all return
+    the same. Raises StateError when no clip could be read.
     """
     started = time.monotonic()
     clips = labelled_clips(recipe, split)
-    quarantine = Quarantine(None, total=len(clips), max_share=1.0)  # missing clips are scored
-    scores = score_views(
+    part = dist.joined_part()
+    share = score(
         model,
         clips,
         data=recipe.data,
+        num_classes=recipe.objective.num_classes,
         num_clips=num_clips,
         num_crops=num_crops,
         batch_size=recipe.evaluate.batch_size,
         precision=recipe.optim.precision,
         device=device,
-        quarantine=quarantine,
+        part=part,
         on_batch=on_batch,
     )
-    merged = merge_views(scores, clips, num_views=num_clips * num_crops)
-    result = {
-        "split": split,
-        "clips": num_clips,
-        "crops": num_crops,
-        **merged,
-        "seconds": time.monotonic() - started,
-    }
-    if merged["num_missing"]:
-        logger.warning(
-            "%s: %d of %d clips could not be read and count as wrong, e.g. %s; "
-            "top-1 is %.2f with and %.2f without them",
-            split,
-            merged["num_missing"],
-            len(clips),
-            merged["missing"][0],
-            merged["top1"],
-            merged["top1_of_read"],
+    shares = [share] if part == WHOLE else _shares_of_all(share)
+    result = {}
+    if part.index == 0:
+        share = _merge(shares, clips)
+        manifest = make_manifest(
+            recipe,
+            share.scores,
+            clips,
+            split=split,
+            num_clips=num_clips,
+            num_crops=num_crops,
+            decoders=share.decoders,
+            weights=weights,
+            device=device,
+            ranks=part.count,
         )
-    if folder is not None:
-        write_tensors(folder / "scores.safetensors", vars(scores), metadata={"split": split})
-        write_json(folder / "evaluation.json", result)
-    return result
+        evaluation = Evaluation(share.scores, clips, share.unreadable, manifest)
+        result = measure(evaluation, resamples=RESAMPLES if folder else 0)
+        result["seconds"] = time.monotonic() - started
+        _warn_of_missing(result)
+        if folder is not None:
+            write_result(folder, evaluation, result)
+    return result if part == WHOLE else json.loads(dist.broadcast(json.dumps(result).encode()))
+
+
+def write_result(folder: Path, evaluation: Evaluation, result: dict) -> None:
+    """Write an evaluation's files to `folder`, the result itself last."""
+    answers = merge_views(
+        evaluation.scores,
+        evaluation.clips,
+        num_classes=evaluation.manifest["question"]["classes"],
+    )
+    rows = class_rows(answers)
+    confusion = confusion_matrix(answers)
+    write_evaluation(folder / SCORES_FILE, evaluation)
+    write_text(folder / "classes.csv", _csv([rows[0], *(row.values() for row in rows)]))
+    heads = ["label", *range(len(confusion)), "missing"]
+    lines = [[number, *line] for number, line in enumerate(confusion.tolist())]
+    write_text(folder / "confusion.csv", _csv([heads, *lines]))
+    write_json(folder / RESULT_FILE, result)
+
+
+def _csv(rows: Sequence[Sequence]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _merge(shares: Sequence[Share], clips: Sequence[Clip]) -> Share:
+    """All views in the list's order; StateError where there are none."""
+    scores = in_order(join([share.scores for share in shares]), clips)
+    reasons: dict[int, str] = {}
+    for share in shares:
+        for clip_id, reason in share.unreadable.items():
+            reasons[clip_id] = min(reason, reasons.get(clip_id, reason))
+    if not len(scores.logits):
+        why = reasons[clips[0].id]
+        raise StateError(f"evaluation: none of {len(clips)} clips could be read, e.g. {why}")
+    return Share(scores, sum((share.decoders for share in shares), Counter()), reasons)
+
+
+def _shares_of_all(share: Share) -> list[Share]:
+    """The shares of all processes at the first of them; nothing elsewhere."""
+    notes = {
+        "decoders": json.dumps(share.decoders),
+        "unreadable": json.dumps(list(share.unreadable.items())),
+    }
+    data = safetensors.torch.save(vars(share.scores), notes)
+    return [_read_share(part) for part in dist.gather(data)]
+
+
+def _read_share(data: bytes) -> Share:
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    notes = {name: json.loads(text) for name, text in header["__metadata__"].items()}
+    scores = Scores(**safetensors.torch.load(data))
+    return Share(scores, Counter(notes["decoders"]), dict(map(tuple, notes["unreadable"])))
+
+
+def _warn_of_missing(result: dict) -> None:
+    if result["num_missing"]:
+        name = result["missing"][0]
+        logger.warning(
+            "%s: %d of %d clips could not be read and count as wrong, e.g. %s (%s); "
+            "top-1 is %.2f with and %.2f without them",
+            result["split"],
+            result["num_missing"],
+            result["num_clips"],
+            name,
+            result["unreadable"][name],
+            result["top1"],
+            result["top1_of_read"],
+        )
 
 
 def evaluate_recipe(
@@ -197,8 +277,7 @@ def evaluate_recipe(
 ) -> dict:
     """Evaluate the classifier in `checkpoint` with the views of the recipe's `evaluate` section.
 
-    Writes evaluation.json and scores.safetensors to `folder`, by default evaluate-SPLIT in the
-    recipe's run folder.
+    Writes what `evaluate` does to `folder`, by default evaluate-SPLIT in the recipe's run folder.
     """
     if not isinstance(recipe.objective, schema.Classify):
         raise InputError(
@@ -220,6 +299,7 @@ def evaluate_recipe(
         num_crops=section.crops,
         device=device,
         folder=folder,
+        weights=checkpoint,
     )
 
 

@@ -404,8 +404,8 @@ def finish(
         )
     if isinstance(recipe.objective, schema.Classify) and has_evaluation(recipe):
         section = recipe.evaluate
-        lists = ("missing", "incomplete")  # which can be long, and stand in evaluation.json
-        for name, (model, _, place) in models.items():
+        long = ("missing", "incomplete", "unreadable", "manifest")  # they are in evaluation.json
+        for name, (model, path, place) in models.items():
             place.mkdir(exist_ok=True)
             result = evaluate(
                 model.to(device),
@@ -415,10 +415,11 @@ def finish(
                 num_crops=section.crops,
                 device=device,
                 folder=place,
+                weights=path,
                 on_batch=stop.check,
             )
             about = summary[name] if name else summary
-            about["evaluation"] = {key: result[key] for key in result if key not in lists}
+            about["evaluation"] = {key: result[key] for key in result if key not in long}
     write_json(folder / SUMMARY, summary)
     return summary
 

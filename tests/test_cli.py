@@ -1,6 +1,7 @@
 """The command line: exit codes, one-line errors, help. Few subprocesses, as torch loads slowly."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -206,10 +207,19 @@ def test_cache_teacher_passes_its_limit_and_part(monkeypatch):
 def test_evaluate_takes_the_runs_own_weights_or_those_given(recipe, monkeypatch):
     calls = []
 
-    def evaluate_recipe(loaded, path):
-        calls.append(str(path))
-        scores = {"top1": 50.0, "top5": 75.0, "top1_of_read": 60.0, "top5_of_read": 90.0}
-        return {**scores, "num_clips": 10, "num_missing": 2}
+    def evaluate_recipe(loaded, path, *, folder):
+        calls.append((str(path), folder))
+        names = ("top1", "top5", "mean_class_accuracy", "map", "video_map_interpolated")
+        scores = {name: 50.0 + number for number, name in enumerate(names)}
+        intervals = {name: [40.0, 60.0] for name in names}
+        return {
+            **scores,
+            **{f"{name}_of_read": value * 1.25 for name, value in scores.items()},
+            "num_clips": 10,
+            "num_videos": 10,
+            "num_missing": 2,
+            "confidence_intervals": {"confidence": 0.95, **intervals},
+        }
 
     monkeypatch.setattr("distill.evaluate.evaluate_recipe", evaluate_recipe)
     result = run("evaluate", recipe)
@@ -218,14 +228,30 @@ def test_evaluate_takes_the_runs_own_weights_or_those_given(recipe, monkeypatch)
         "runs/r/model.safetensors: no such file; train first, or give --checkpoint FILE\n"
     )
     Path("w.safetensors").write_text("")
-    result = run("evaluate", recipe, "--checkpoint", "w.safetensors")
+    result = run("evaluate", recipe, "--checkpoint", "w.safetensors", "--folder", "out")
     assert result.exit_code == 0
-    assert calls == ["w.safetensors"]
-    rows = [line.strip("│ ").split("│") for line in result.output.splitlines() if "clips" in line]
-    assert [[cell.strip() for cell in row] for row in rows[1:]] == [
-        ["all clips", "50.00", "75.00", "10"],
-        ["clips that could be read", "60.00", "90.00", "8"],
+    assert calls == [("w.safetensors", Path("out"))]
+    assert table_of(result.output) == [
+        ["", "% of 10 clips", "95% interval", "% of 8 that could be read"],
+        ["top-1", "50.00", "40.00 to 60.00", "62.50"],
+        ["top-5", "51.00", "40.00 to 60.00", "63.75"],
+        ["mean class accuracy", "52.00", "40.00 to 60.00", "65.00"],
+        ["mAP", "53.00", "40.00 to 60.00", "66.25"],
+        ["mAP of videos, interpolated as ActivityNet's", "54.00", "40.00 to 60.00", "67.50"],
     ]
+
+
+def table_of(output: str) -> list[list[str]]:
+    """The cells of a table on the console."""
+    rows = [line.strip("│┃") for line in output.splitlines() if line[:1] in ("│", "┃")]
+    return [[cell.strip() for cell in re.split("[│┃]", row)] for row in rows]
+
+
+def test_evaluate_takes_one_thing_at_a_time():
+    message = "give a RECIPE, --scores FILE or --compare A B: one of the three\n"
+    for arguments in (["S14", "--scores", "f"], ["--scores", "f", "--compare", "a", "b"]):
+        result = run("evaluate", *arguments)
+        assert (result.exit_code, result.stderr) == (2, message)
 
 
 def test_evaluate_asks_which_stage_of_a_study(recipe):

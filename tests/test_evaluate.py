@@ -1,5 +1,6 @@
-"""Scores of several views: how they are merged, and that no clip is left out silently."""
+"""Views of real videos scored: that none is left out silently, and what is written of them."""
 
+import csv
 import json
 import math
 
@@ -7,95 +8,26 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from distill import recipe as schema
 from distill.checkpoint import write_tensors
-from distill.data.index import Clip, read_list
+from distill.data.index import read_list
 from distill.data.load import Task, collate, load_eval_view
 from distill.errors import InputError, StateError
-from distill.evaluate import Scores, evaluate, evaluate_recipe, labelled_clips, merge_views
+from distill.evaluate import evaluate, evaluate_recipe, labelled_clips
+from distill.metrics import RESAMPLES, measure
 from distill.models import build_classifier
+from distill.scores import hash_pixels, read_evaluation, write_evaluation
+from distill.students.warmstart import file_sha256
 
 CPU = torch.device("cpu")
 
 
-def clip(number: int, label: int, name: str | None = None) -> Clip:
-    name = name or f"{number}.mp4"
-    return Clip(id=number, path=f"/v/{name}", name=name, label=label, line=number)
-
-
-def scores(*views: tuple[int, int, list[float]]) -> Scores:
-    """Views as (clip id, clip index, logits)."""
-    return Scores(
-        clip_id=torch.tensor([view[0] for view in views]),
-        clip_index=torch.tensor([view[1] for view in views]),
-        crop_index=torch.zeros(len(views), dtype=torch.long),
-        logits=torch.tensor([view[2] for view in views]),
-    )
-
-
-def logs(*probabilities: float) -> list[float]:
-    return [math.log(p) for p in probabilities]
-
-
-def test_softmaxes_are_averaged_and_not_logits():
-    # The mean probability is (.54, .46), so class 0 wins; the mean logit would choose class 1.
-    views = scores((1, 0, logs(0.98, 0.02)), (1, 1, logs(0.1, 0.9)))
-    logit_mean = views.logits.mean(dim=0)
-    assert logit_mean[0] > logit_mean[1]
-    views = scores((1, 0, logs(0.999, 0.001)), (1, 1, logs(0.4, 0.6)), (1, 2, logs(0.05, 0.95)))
-    assert views.logits.softmax(1).mean(0).argmax() == 1
-    assert views.logits.mean(0).argmax() == 0
-    assert merge_views(views, [clip(1, 1)], num_views=3)["top1"] == 100.0
-    assert merge_views(views, [clip(1, 0)], num_views=3)["top1"] == 0.0
-
-
-def test_top1_and_top5_are_percent_over_clips():
-    falling = [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
-    clips = [clip(1, 0), clip(2, 1), clip(3, 4), clip(4, 5)]
-    merged = merge_views(scores(*((c.id, 0, falling) for c in clips)), clips, num_views=1)
-    assert (merged["top1"], merged["top5"]) == (25.0, 75.0)
-    assert (merged["top1_of_read"], merged["top5_of_read"]) == (25.0, 75.0)
-
-
-def test_missing_clips_are_named_counted_as_wrong_and_reported_both_ways():
-    clips = [clip(1, 0), clip(2, 0, "a/b.mp4"), clip(3, 1), clip(4, 0)]
-    views = scores((1, 0, [2.0, 1.0]), (3, 0, [2.0, 1.0]), (4, 0, [2.0, 1.0]))
-    merged = merge_views(views, clips, num_views=1)
-    assert (merged["num_clips"], merged["num_missing"], merged["missing"]) == (4, 1, ["a/b.mp4"])
-    assert merged["top1"] == 50.0
-    assert merged["top1_of_read"] == pytest.approx(100 * 2 / 3)
-    assert (merged["top5"], merged["top5_of_read"]) == (75.0, 100.0)
-
-
-def test_a_clip_with_some_views_is_scored_by_them_and_named():
-    clips = [clip(1, 0), clip(2, 1)]
-    views = scores((1, 0, [2.0, 1.0]), (1, 1, [2.0, 1.0]), (2, 1, [1.0, 2.0]))
-    merged = merge_views(views, clips, num_views=2)
-    assert (merged["top1"], merged["num_missing"]) == (100.0, 0)
-    assert (merged["num_incomplete"], merged["incomplete"]) == (1, ["2.mp4"])
-
-
-def test_equal_file_names_in_two_folders_stay_two_clips():
-    clips = [clip(1, 0, "a/x.mp4"), clip(2, 1, "b/x.mp4")]
-    views = scores((1, 0, [9.0, 0.0]), (2, 0, [0.0, 1.0]))
-    assert merge_views(views, clips, num_views=1)["top1"] == 100.0
-
-
-def test_the_order_in_which_views_come_does_not_matter():
-    rng = torch.Generator().manual_seed(0)
-    clips = [clip(number, number % 3) for number in range(20)]
-    rows = [(c.id, v, torch.randn(3, generator=rng).tolist()) for c in clips for v in range(4)]
-    shuffled = [rows[i] for i in torch.randperm(len(rows), generator=rng)]
-    first = merge_views(scores(*rows), clips, num_views=4)
-    assert 0 < first["top1"] < 100
-    assert merge_views(scores(*shuffled), clips, num_views=4) == first
-
-
-# From here on with real videos: three classes told apart by brightness.
+# Three classes told apart by brightness.
 SIZE = schema.Size(width=32, depth=2, heads=2, pooled_width=16)
 
 
@@ -139,6 +71,11 @@ def make_model(recipe: schema.Recipe) -> torch.nn.Module:
     return model.train()
 
 
+def read_csv(path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def run(model, recipe, folder=None, **settings) -> dict:
     settings = {"split": "test", "num_clips": 2, "num_crops": 3, "device": CPU, **settings}
     return evaluate(model, recipe, folder=folder, **settings)
@@ -164,13 +101,14 @@ def test_every_view_is_scored_as_by_hand_and_written(recipe, tmp_path):
                         views=recipe.data.views,
                     )
                     logits = model.eval()(collate([(Task(item), view)])["pixels"])[0]
-                    expected.append((item.id, c, j, logits))
+                    expected.append((item.id, c, j, hash_pixels(view.pixels), logits))
                     sums[item.id] = sums.get(item.id, 0) + logits.softmax(0) / 6
     found = load_file(tmp_path / "scores.safetensors")
     assert found["clip_id"].tolist() == [row[0] for row in expected]
     assert found["clip_index"].tolist() == [row[1] for row in expected]
     assert found["crop_index"].tolist() == [row[2] for row in expected]
-    assert_close(found["logits"], torch.stack([row[3] for row in expected]))
+    assert found["pixels_hash"].tolist() == [row[3] for row in expected]
+    assert_close(found["logits"], torch.stack([row[4] for row in expected]))
     hits = sum(int(sums[item.id].argmax()) == item.label for item in clips)
     assert result["top1"] == pytest.approx(100 * hits / 6)
     written = json.loads((tmp_path / "evaluation.json").read_text())
@@ -187,14 +125,34 @@ def test_an_unreadable_video_is_missing_by_name_and_wrong(recipe, tmp_path, capl
     assert result["missing"] == ["2.mp4", "4.mp4"]
     assert (result["num_clips"], result["num_missing"]) == (6, 2)
     assert result["top1"] == pytest.approx(result["top1_of_read"] * 4 / 6)
-    assert "test: 2 of 6 clips could not be read and count as wrong, e.g. 2.mp4" in caplog.text
+    assert list(result["unreadable"]) == ["2.mp4", "4.mp4"]
+    assert result["unreadable"]["4.mp4"] == f"{tmp_path}/4.mp4: no such video"
+    assert (
+        "test: 2 of 6 clips could not be read and count as wrong, e.g. 2.mp4 "
+        f"({result['unreadable']['2.mp4']}); top-1 is" in caplog.text
+    )
     assert len(load_file(tmp_path / "scores.safetensors")["clip_id"]) == 24
+    # Written tables: class 1 has 1.mp4 and 4.mp4, the latter missing.
+    rows = read_csv(tmp_path / "classes.csv")
+    assert [(row["class"], row["clips"], row["read"]) for row in rows] == [
+        ("0", "2", "2"),
+        ("1", "2", "1"),
+        ("2", "2", "1"),
+    ]
+    assert float(rows[0]["ap"]) > 0 and float(rows[1]["top1"]) <= 50
+    confusion = read_csv(tmp_path / "confusion.csv")
+    assert [row["missing"] for row in confusion] == ["0", "1", "1"]
+    assert [sum(map(int, list(row.values())[1:])) for row in confusion] == [2, 2, 2]
+    hits = sum(int(confusion[number][str(number)]) for number in range(3))
+    assert result["top1"] == pytest.approx(100 * hits / 6)
 
 
 def test_nothing_readable_is_an_error(recipe, tmp_path):
     for number in range(6):
         (tmp_path / f"{number}.mp4").unlink()
-    with pytest.raises(StateError, match="none of 6 clips could be read"):
+    with pytest.raises(
+        StateError, match=r"none of 6 clips could be read, e\.g\. .*0\.mp4: no such video"
+    ):
         run(make_model(recipe), recipe)
 
 
@@ -225,11 +183,103 @@ def test_a_checkpoint_is_scored_by_its_own_head(recipe, tmp_path):
     assert result["top1"] == expected["top1"]
     folder = tmp_path / "run" / "evaluate-test"
     with safe_open(folder / "scores.safetensors", "pt") as file:
-        assert file.metadata()["split"] == "test"
+        assert json.loads(file.metadata()["manifest"]) == result["manifest"]
         assert_close(
             file.get_tensor("logits"), load_file(tmp_path / "scores.safetensors")["logits"]
         )
     assert json.loads((folder / "evaluation.json").read_text()) == result
+    ran = result["manifest"]["run"]
+    assert ran["weights"] == str(tmp_path / "m.safetensors")
+    assert ran["weights_sha256"] == file_sha256(tmp_path / "m.safetensors")
+
+
+def test_every_number_comes_again_from_the_file_of_scores(recipe, tmp_path):
+    """Without videos, weights or list, and with intervals and a missing clip among them."""
+    lines = ["0.mp4,1.25,0,0.5,0", "0.mp4,1.25,0.5,1.25,1", "1.mp4,-1,-1,-1,1", "gone.mp4,2,0,1,2"]
+    (tmp_path / "test.csv").write_text("\n".join(lines) + "\n")
+    folder = tmp_path / "scored"
+    folder.mkdir()
+    result = run(make_model(recipe), recipe, folder)
+    assert (result["num_clips"], result["num_videos"], result["num_missing"]) == (4, 3, 1)
+    assert result["missing"] == ["gone.mp4 (0 to 1 s)"]
+    assert result["confidence_intervals"]["resamples"] == RESAMPLES
+    for path in [*tmp_path.glob("*.mp4"), tmp_path / "test.csv"]:
+        path.unlink()
+    read = read_evaluation(folder / "scores.safetensors")
+    again = measure(read, resamples=RESAMPLES)
+    assert again | {"seconds": result["seconds"]} == result
+    write_evaluation(tmp_path / "copy.safetensors", read)
+    copy = read_evaluation(tmp_path / "copy.safetensors")
+    assert (copy.clips, copy.unreadable) == (read.clips, read.unreadable)
+
+
+def test_what_is_no_file_of_scores_is_refused(recipe, tmp_path):
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(
+        InputError, match=r"x\.safetensors: no such file; 'distill evaluate' writes"
+    ):
+        read_evaluation(path)
+    path.write_bytes(b"\x80\x04no pickle is read")
+    with pytest.raises(InputError, match=r"x\.safetensors: cannot be read as safetensors: "):
+        read_evaluation(path)
+    write_tensors(path, {"logits": torch.zeros(2, 3)}, metadata={"split": "test"})
+    with pytest.raises(InputError) as caught:
+        read_evaluation(path)
+    assert str(caught.value) == (
+        f"{path}: not a file of scores that this version reads (layout none, expected 1); "
+        "evaluate again to make one"
+    )
+
+
+def test_the_manifest_says_what_was_asked_and_what_was_seen(recipe, tmp_path):
+    model = make_model(recipe)
+    first = run(model, recipe)["manifest"]
+    assert first["question"].items() >= {"clips": 6, "classes": 3}.items()
+    views = {"clips": 2, "crops": 3, "frames": 2, "image_size": 28, "sampling": {"kind": "sparse"}}
+    assert first["views"].items() >= views.items()
+    ran = first["run"]
+    assert ran["list_sha256"] == file_sha256(tmp_path / "test.csv")
+    assert (ran["precision"], ran["ranks"], ran["weights"]) == ("fp32", 1, None)
+    assert sum(ran["decoders"].values()) == 36
+    assert torch.__version__.startswith(ran["packages"]["torch"])
+
+    # Another order and another batch size ask and see the same.
+    lines = (tmp_path / "test.csv").read_text().splitlines()
+    (tmp_path / "test.csv").write_text("\n".join(reversed(lines)) + "\n")
+    batches = recipe.evaluate.model_copy(update={"batch_size": 4})
+    again = run(model, recipe.model_copy(update={"evaluate": batches}))["manifest"]
+    assert (again["question"], again["views"]) == (first["question"], first["views"])
+    assert again["run"]["list_sha256"] != ran["list_sha256"]
+
+    # Another video under a name, and another label, show.
+    write_video(tmp_path / "3.mp4", 21)
+    changed = run(model, recipe)["manifest"]
+    assert changed["question"] == first["question"]
+    assert changed["views"]["decoded"] != first["views"]["decoded"]
+    (tmp_path / "test.csv").write_text("\n".join(lines).replace("3.mp4,0", "3.mp4,1") + "\n")
+    assert run(model, recipe)["manifest"]["question"] != first["question"]
+
+
+def test_which_views_a_damaged_clip_loses_does_not_depend_on_the_order(recipe, tmp_path):
+    """A view that fails does not keep the clip's other views from being read."""
+    (tmp_path / "test.csv").write_text("frames,10,0\n1.mp4,10,1\n")
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for number in range(10):
+        rgb = np.full((48, 64, 3), 20 * number, np.uint8)
+        Image.fromarray(rgb).save(folder / f"{number:05d}.png")
+    (folder / "00003.png").write_bytes(b"no picture")  # frame 3 is in the first clip alone
+    few = recipe.model_copy(
+        update={"evaluate": recipe.evaluate.model_copy(update={"batch_size": 1})}
+    )
+    sampling = schema.SegmentSampling(kind="segment")
+    views = recipe.data.views.model_copy(update={"sampling": sampling, "frames": 1})
+    few = few.model_copy(update={"data": recipe.data.model_copy(update={"views": views})})
+    result = run(make_model(few), few, tmp_path, num_clips=10, num_crops=1)
+    read = load_file(tmp_path / "scores.safetensors")
+    seen = read["clip_index"][read["clip_id"] == read_list(few.data.test)[0].id].tolist()
+    assert seen == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    assert (result["missing"], result["incomplete"]) == ([], ["frames"])
 
 
 def test_only_a_classifier_is_evaluated(recipe, tmp_path):
