@@ -70,7 +70,7 @@ def test_help_does_not_wait_for_torch():
 def test_interrupt_ends_with_its_exit_code(recipe, monkeypatch, number, code):
     closed = []
 
-    def wait(*_):
+    def wait(*_, folder):
         try:
             signal.raise_signal(number)
         finally:
