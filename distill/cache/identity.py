@@ -168,7 +168,8 @@ def adopt_more(found: dict, expected: dict) -> tuple[dict, dict[str, list[int]] 
 
 def require_identity(found: dict, expected: dict, *, where: str) -> None:
     """Refuse a cache that is not the recipe's: StateError, one line, on the first difference."""
-    for name in sorted({**expected, **found}, key=MEANS.__eq__):  # they differ where settings do
+    # Means, and the frames that are read, differ where settings do.
+    for name in sorted({**expected, **found}, key=(READ, MEANS).__contains__):
         have, want = found.get(name), expected.get(name)
         if have == want and (name in found) == (name in expected):
             continue

@@ -12,7 +12,7 @@ import xxhash
 
 from distill import log
 from distill.cache.calibrate import read_codec, with_codec
-from distill.cache.identity import MEANS, cache_identity, require_identity
+from distill.cache.identity import MEANS, adopt_more, cache_identity, require_identity
 from distill.cache.index import MANIFEST_FILE, load_index
 from distill.cache.quarantine import quarantined_ids
 from distill.cache.shards import ShardIndex, read_shard_index, shard_sizes
@@ -204,7 +204,9 @@ def _check_identities(
         )
     if others:
         return None  # whose means they should be is not known
-    expected = recipe_identity or {n: value for n, value in written.items() if n != MEANS}
+    expected = {n: value for n, value in written.items() if n != MEANS}
+    if recipe_identity is not None:
+        expected, _ = adopt_more(written, recipe_identity)  # as a reader does
     try:
         codec = read_codec(folder, expected)
         require_identity(written, with_codec(expected, codec), where=f"cache {folder}")
