@@ -46,7 +46,7 @@ def distill_errors(
     if section.mask.kind.startswith("attention") and kind not in ATTENTIVE:
         yield (
             ("objective", "mask", "kind"),
-            f"needs the attention of a {' or '.join(ATTENTIVE)} as objective.teacher, and a "
+            f"needs the attention of {' or '.join(ATTENTIVE)} as objective.teacher, and "
             f"{kind} has none; set random or tube",
         )
     for name in section.others:
@@ -101,7 +101,7 @@ def _teacher_errors(
     if kind in ("internvl", "timm") and frames != views.frames:
         yield (
             "frames",
-            f"must be data.views.frames, {views.frames}: a {kind} sees each frame by itself",
+            f"must be data.views.frames, {views.frames}: {kind} sees each frame by itself",
         )
     elif frames % views.frames:
         yield "frames", f"must be a multiple of data.views.frames, {views.frames}"

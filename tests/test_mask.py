@@ -13,6 +13,7 @@ from distill.recipe_file import load_recipe
 
 GRID = (8, 16, 16)
 PINNED = {
+    "attention-per-frame": [0, 7, 9, 12, 13, 23],
     "attention": [7, 12, 13, 15, 20, 23],
     "tube": [7, 9, 10, 19, 21, 22],
     "random": [7, 12, 13, 15, 20, 23],
@@ -37,6 +38,8 @@ def ids(count):
         (0.8, "attention", 410),
         (0.8, "random", 410),
         (0.8, "tube", 416),
+        (0.8, "attention-per-frame", 416),
+        (0.9, "attention-per-frame", 208),
         (0.75, "attention", 512),
         (0.75, "random", 512),
         (0.75, "tube", 512),
@@ -102,7 +105,7 @@ def test_tube_shows_the_same_places_in_every_frame():
     assert int(places.min()) >= 0 and int(places.max()) < 256
 
 
-@pytest.mark.parametrize("kind", ["attention", "tube", "random"])
+@pytest.mark.parametrize("kind", ["attention", "attention-per-frame", "tube", "random"])
 def test_a_clips_mask_depends_on_nothing_else_in_the_batch(kind):
     clip_ids, attention = ids(7), torch.rand(7, 60)
     views = torch.tensor([0, 0, 1, 2, 1, 5, 0])
@@ -158,7 +161,7 @@ def test_a_masks_bytes_are_pinned():
     settings = {"clip_ids": torch.tensor([12345]), "view": 2, "seed": 7, "grid": (2, 3, 4)}
     found = {
         kind: draw_tokens(Mask(kind=kind, ratio=0.75), attention=attention, **settings)[0].tolist()
-        for kind in ("attention", "tube", "random")
+        for kind in PINNED
     }
     assert found == PINNED
 
@@ -275,6 +278,9 @@ def test_kept_tokens_are_the_first_arrivals_and_the_next_one_is_told():
         ("random", 0.8, "all", 2048),
         ("tube", 0.8, "all", 2048),
         ("tube", 0.8, "visible", 416),
+        ("attention-per-frame", 0.8, "superset", 832),
+        ("attention-per-frame", 0.4, "superset", 2048),
+        ("attention-per-frame", 0.8, "all", 2048),
     ],
 )
 def test_how_many_tokens_are_kept(kind, ratio, tokens, expected):
@@ -292,6 +298,50 @@ def test_how_many_tokens_are_kept(kind, ratio, tokens, expected):
             clip_ids=ids(2), epoch=0, tokens=kept, next_arrival=next_arrival, attention=attention
         )
         assert places.shape == (2, num_visible(GRID, mask))
+
+
+FRAMES = torch.stack([SIX, SIX.flip(0), SIX.roll(2)])  # attention in three frames
+
+
+@pytest.mark.parametrize("tokens", ["visible", "superset", "all"])
+def test_every_frame_has_a_draw_of_its_own(tokens):
+    """Two of six are seen in each frame, by its attention, however small that is as a whole."""
+    count, grid = 60_000, (3, 1, 6)
+    mask = Mask(kind="attention-per-frame", ratio=0.7)  # 6 - int(4.2) = 2
+    scale = torch.tensor([1.0, 1e-6, 0.1])[:, None]
+    attention = (FRAMES * scale).flatten().expand(count, 18)
+    if tokens == "visible":
+        seen = draw_tokens(
+            mask, clip_ids=ids(count), view=0, seed=3, grid=grid, attention=attention
+        )
+    else:
+        seen = two_stages(mask, tokens, attention, grid=grid)
+    assert bool((seen.diff(dim=1) > 0).all())
+    frames = seen.reshape(count, 3, 2)
+    assert bool((frames // 6 == torch.arange(3)[:, None]).all())
+    for frame in range(3):
+        assert chi_square(frames[:, frame] - 6 * frame, FRAMES[frame]) < CHI_SQUARE_14
+    one, two = (frames[:, frame, 0] - 6 * frame for frame in (0, 1))
+    both = torch.bincount(one * 6 + two, minlength=36).reshape(6, 6).double() / count
+    apart = both.sum(1, keepdim=True) * both.sum(0, keepdim=True)
+    assert float((both - apart).abs().max()) < 4.5 * 0.5 / count**0.5, "frames are independent"
+
+
+def test_kept_tokens_of_a_frame_are_its_first_arrivals():
+    grid, mask = (2, 3, 4), Mask(kind="attention-per-frame", ratio=0.75)
+    attention = torch.rand(5, 24, generator=torch.Generator().manual_seed(1))
+    settings = {"clip_ids": ids(5), "view": 2, "seed": 7, "attention": attention}
+    kept, next_arrival = draw_kept(mask, "superset", grid=grid, **settings)
+    assert kept.shape == (5, 12) and next_arrival.shape == (5, 2)
+    wider = Mask(kind="attention-per-frame", ratio=5 / 12)  # 7 of each frame
+    seven = draw_tokens(wider, grid=grid, **settings)
+    keys = settings["clip_ids"] + torch.tensor(2) * -4658895280553007687
+    noise = draw.gumbel(keys, "mask", 7, count=24)
+    for clip in range(5):
+        more = sorted(set(seven[clip].tolist()) - set(kept[clip].tolist()))
+        assert [token // 12 for token in more] == [0, 1]
+        arrivals = [-(noise[clip, token] + attention[clip, token].log()) for token in more]
+        assert_close(next_arrival[clip], torch.stack(arrivals))
 
 
 def test_a_superset_of_tubes_is_refused():

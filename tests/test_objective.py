@@ -11,6 +11,7 @@ from distill.cache.codes import Codec
 from distill.objective import ClassifyObjective, DistillObjective, draw_head_keep, draw_keep
 from distill.recipe import Classify, Distill
 from distill.students import create_classifier, create_student
+from distill.students.student import ProjectorSet
 from distill.students.vit import ViTSize, patchify, take_rows, visible_tokens
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -24,10 +25,8 @@ def student(**settings):
         TINY,
         frames=4,
         image_size=56,
-        teacher_width=176,
-        teacher_pooled=48,
         num_layers=3,
-        **{"activation": "gelu", **settings},
+        **{"teacher_width": 176, "teacher_pooled": 48, "activation": "gelu", **settings},
     )
 
 
@@ -106,6 +105,99 @@ def test_codes_are_aligned_with_as_what_they_stand_for():
     assert_close(found, expected, **TOLERANCE)
     exact = objective(batch)["middle"].item()
     assert abs(found["middle"].item() - exact) > 1e-4  # codes of so few bits are not the rows
+
+
+OTHERS = {
+    "mae": ProjectorSet(112, 2, "mlp"),
+    "video": ProjectorSet(80, 1, "linear", has_cls=True),
+}
+
+
+def several(**settings):
+    """A student of three teachers, the recipe's section and a batch."""
+    model = student(others=OTHERS, **settings)
+    found = section(
+        others={
+            "mae": {"kind": "videomae", "size": "1B", "random": True, "weight": 0.25},
+            "video": {"size": "1B", "random": True, "weight": 2.0},
+        },
+        loss_weights=(0.5, 3.0),
+    )
+    stream = torch.Generator().manual_seed(1)
+    unit, batch = torch.nn.functional.normalize, random_batch(3)
+    batch["middle.mae"] = unit(torch.randn(2, 3, 13, 112, generator=stream), dim=-1)
+    batch["middle.video"] = unit(torch.randn(1, 3, 14, 80, generator=stream), dim=-1)
+    return model, found, batch
+
+
+def test_every_teachers_loss_is_the_formula_with_its_weight():
+    """In float64: 2 - 2 cos, averaged over layers, clips and tokens, and added up."""
+    model, found, batch = several()
+    model = model.double()
+    losses = DistillObjective(model, found, seed=0)(batch)
+    middle, pooled, others = model(patches=batch["patches"], tokens=batch["tokens"])
+    rows = {"middle": (middle, "middle"), **{n: (others[n], f"middle.{n}") for n in OTHERS}}
+    expected = {}
+    for name, (have, field) in rows.items():
+        layers = (2 - 2 * (have * batch[field].double()).sum(-1)).mean(dim=(1, 2))
+        expected[name] = layers.mean()
+        prefix = "" if name == "middle" else f"{name}_"
+        expected |= {f"{prefix}layer_{index:02d}": one for index, one in enumerate(layers)}
+    expected["pooled"] = (2 - 2 * (pooled * batch["pooled"]).sum(-1)).mean()
+    parts = (0.5, "middle"), (3.0, "pooled"), (0.25, "mae"), (2.0, "video")
+    expected["loss"] = sum(weight * expected[name] for weight, name in parts)
+    assert losses.keys() == expected.keys()
+    for name, value in expected.items():
+        assert_close(losses[name].double(), value.double(), rtol=1e-6, atol=1e-7, msg=name)
+        assert losses[name].requires_grad == (name == "loss")
+    upstream = torch.autograd.grad(losses["loss"], list(model.parameters()))
+    by_hand = torch.autograd.grad(expected["loss"], list(model.parameters()))
+    assert_close(upstream, by_hand, rtol=1e-5, atol=1e-7)
+
+
+def test_pretrainings_losses_are_those_of_the_reference_implementation():
+    """Golden outputs of the student, which the loss of any targets follows from."""
+    golden = np.load(GOLDEN / "tiny_pretrain.npz")
+    others = {"mae": ProjectorSet(112, 2, "mlp")}
+    model = fill(student(teacher_width=80, decoder="linear", others=others))
+    tokens = visible_tokens(visible_mask(2, 64, 13))
+    stream, unit = torch.Generator().manual_seed(0), torch.nn.functional.normalize
+    shapes = {"middle": (3, 2, 14, 80), "pooled": (2, 48), "middle.mae": (2, 2, 13, 112)}
+    targets = {
+        name: unit(torch.randn(shape, generator=stream), dim=-1) for name, shape in shapes.items()
+    }
+    batch = {
+        "clip_id": torch.tensor([1, 2]),
+        "epoch": 0,
+        "patches": take_rows(patchify(clip(2, 4, 56)), tokens),
+        "tokens": tokens,
+        **targets,
+    }
+    mae = {"kind": "videomae", "size": "1B", "random": True}
+    losses = DistillObjective(model, section(others={"mae": mae}), seed=0)(batch)
+    for name, key, field in (
+        ("middle", "student_clip", "middle"),
+        ("pooled", "student_final", "pooled"),
+        ("mae", "student_mae", "middle.mae"),
+    ):
+        have = torch.from_numpy(golden[key])
+        expected = 2 - 2 * (have * targets[field]).sum(-1).mean()
+        assert_close(losses[name], expected, **TOLERANCE)
+    assert_close(
+        losses["loss"].detach(), losses["middle"] + losses["pooled"] + losses["mae"], **TOLERANCE
+    )
+
+
+def test_targets_without_a_class_row_are_learned_by_the_patches_rows():
+    batch = random_batch(2)
+    bare = {**batch, "middle": batch["middle"][:, :, 1:]}
+    del bare["pooled"]
+    model = student(teacher_pooled=0)
+    losses = DistillObjective(model, section(), seed=0)(bare)
+    middle, _ = model(patches=batch["patches"], tokens=batch["tokens"])
+    expected = 2 - 2 * (middle[:, :, 1:] * bare["middle"]).sum(-1).mean()
+    assert_close(losses["loss"], expected, **TOLERANCE)
+    assert losses["pooled"] == 0
 
 
 def test_loss_weights_scale_the_two_parts():
