@@ -166,6 +166,9 @@ class Views(Section):
     crop: Literal["multiscale", "resized", "center"] = "multiscale"
     min_area: Share = Field(0.08, description="smallest share of the frame a resized crop keeps")
     flip: Share = Field(0.5, description="probability of a horizontal flip")
+    antialias: bool = Field(
+        True, description="false resizes plainly, as upstream finetunes and evaluates"
+    )
     never_flip: tuple[str, ...] = Field(("ssv2",), description="list sources that are not flipped")
     decoder: Literal["auto", "decord", "pyav"] = "auto"
 

@@ -265,6 +265,8 @@ def _classify_only(recipe: Recipe) -> Iterator[tuple[Keys, str]]:
         yield ("data", "augment", "erase"), why
     if augment.repeats != 1:
         yield ("data", "augment", "repeats"), "must be 1, but for objective.kind: classify"
+    if not recipe.data.views.antialias:
+        yield ("data", "views", "antialias"), "must be true, but for objective.kind: classify"
     if recipe.model.head_drop_path:
         yield ("model", "head_drop_path"), "must be 0, as a student has no classification head"
 

@@ -1,5 +1,6 @@
 """Crops and flips: the published choices, evenly drawn, and the same bits in every process."""
 
+import functools
 import hashlib
 import json
 import os
@@ -8,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from distill import draw
@@ -132,6 +134,37 @@ def test_resizing_is_pils_and_sees_the_crop_alone():
     )
     whole = np.asarray(Image.fromarray(frames[0]).resize((30, 20), Image.Resampling.BILINEAR))
     assert np.array_equal(first[:, 0], whole[:, 3:23].transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize(
+    "crop",
+    [
+        Crop(x=7, y=5, width=41, height=30, size=28),
+        Crop(x=0, y=0, width=20, height=17, size=42),
+        *(Crop(x, 0, 28, 28, 28, resize=(42, 28)) for x in (0, 5, 14)),
+        Crop(0, 90, 70, 70, 70, resize=(70, 160)),
+    ],
+)
+def test_plain_resizes_are_torchs_without_antialias(crop):
+    """The box's own pixels in training, the whole frame's in evaluation; rounded to uint8."""
+    frames = np.random.default_rng(0).integers(0, 256, (2, 40, 60, 3), dtype=np.uint8)
+    if crop.resize == (70, 160):
+        frames = np.ascontiguousarray(frames.transpose(0, 2, 1, 3)[:, :, :26])
+    found = augment.apply(frames, crop, flip=False, antialias=False)
+    values = torch.from_numpy(frames).permute(0, 3, 1, 2).double()
+    box = (slice(crop.y, crop.y + crop.height), slice(crop.x, crop.x + crop.width))
+    plain = functools.partial(torch.nn.functional.interpolate, mode="bilinear")
+    if crop.resize is None:
+        expected = plain(values[(..., *box)], (crop.size, crop.size))
+    else:
+        expected = plain(values, crop.resize[::-1])[(..., *box)]
+    error = found.transpose(1, 0, 2, 3) - expected.numpy()
+    assert np.abs(error).max() <= 0.5 + 1e-3
+    flipped = augment.apply(frames, crop, flip=True, antialias=False)
+    assert np.array_equal(flipped, found[..., ::-1])
+    if crop.height > crop.size:
+        blurred = augment.apply(frames, crop, flip=False).transpose(1, 0, 2, 3)
+        assert np.abs(blurred - expected.numpy()).max() > 5
 
 
 def choices() -> list[list]:

@@ -6,8 +6,10 @@ import torch
 import videos
 
 import distill.data.load
+from distill.data import augment
+from distill.data.decode import open_video
 from distill.data.index import Clip, read_list
-from distill.data.load import ClipBatches, Quarantine, load_view, load_views
+from distill.data.load import ClipBatches, Quarantine, load_eval_view, load_view, load_views
 from distill.recipe import Augment, ClipList, Data, Mixing, Views
 
 SMALL = Views(frames=4, image_size=28, crop="resized")
@@ -107,6 +109,23 @@ def test_batches_say_what_is_erased_and_how_to_mix(clips):
             view = made[int(batch["repeat"][row])]
             assert np.array_equal(view.pixels, batch["pixels"][row].numpy())
             assert batch["erased"][row].tolist() == list(view.erased or (0, 0, 0, 0))
+
+
+def test_views_are_resized_as_the_recipe_says(clips):
+    plainly = SMALL.model_copy(update={"antialias": False})
+    place = {"clip_index": 0, "num_clips": 1, "crop_index": 1, "num_crops": 3}
+    pairs = [
+        [load_view(clips[0], 4, views=views, seed=1) for views in (SMALL, plainly)],
+        [load_eval_view(clips[0], **place, views=views) for views in (SMALL, plainly)],
+    ]
+    for blurred, plain in pairs:
+        assert blurred.crop == plain.crop
+        assert not np.array_equal(blurred.pixels, plain.pixels)
+        with open_video(clips[0].path) as video:
+            frames = video.read(plain.frames)
+        crop = augment.Crop(*plain.crop, size=28, resize=plain.resize)
+        again = augment.apply(frames.pixels, crop, flip=plain.flip, antialias=False)
+        assert np.array_equal(again, plain.pixels)
 
 
 def test_plain_batches_have_neither(clips):

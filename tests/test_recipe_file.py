@@ -451,6 +451,8 @@ def test_empty_study_is_refused():
          "views without it"),
         (DISTILL, "data.augment.repeats=2",
          "data.augment.repeats=2: must be 1, but for objective.kind: classify"),
+        (DISTILL, "data.views.antialias=false",
+         "data.views.antialias=false: must be true, but for objective.kind: classify"),
         (DISTILL, "model.head_drop_path=0.5",
          "model.head_drop_path=0.5: must be 0, as a student has no classification head"),
         (CLASSIFY, "data.augment.repeats=3",

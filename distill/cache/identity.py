@@ -30,7 +30,8 @@ def cache_identity(recipe: Recipe) -> dict:
     Raises InputError for a recipe without a cache.
     """
     section = distill_section(recipe)
-    views = recipe.data.views.model_dump(mode="json", exclude={"decoder", "sampling"})
+    # Of a recipe with a teacher, `antialias` has one value.
+    views = recipe.data.views.model_dump(mode="json", exclude={"decoder", "sampling", "antialias"})
     sampling = recipe.data.views.sampling.model_dump(mode="json")
     num_read = read_views(recipe).frames
     return {

@@ -168,16 +168,22 @@ def apply(
     *,
     flip: bool,
     operations: Sequence[tuple[str, float]] = (),
+    antialias: bool = True,
 ) -> np.ndarray:
-    """Augment, crop, resize (PIL bilinear, rounded to uint8) and flip: [T,H,W,3] to [3,T,S,S].
+    """Augment, crop, resize (bilinear, rounded to uint8) and flip: [T,H,W,3] to [3,T,S,S].
 
-    `operations` are those of `rand_augment.draw_operations`. Everything is uint8.
+    `operations` are those of `rand_augment.draw_operations`. Everything is uint8. With
+    `antialias` the resize is PIL's, without it `bilinear`.
     """
     box = (crop.x, crop.y, crop.x + crop.width, crop.y + crop.height)
     target = (crop.size, crop.size)
     out = np.empty((3, len(pixels), crop.size, crop.size), np.uint8)
     for i, frame in enumerate(pixels):
         image = apply_operations(Image.fromarray(frame), operations)
+        if not antialias:
+            square = bilinear(np.asarray(image), crop)
+            out[:, i] = (square[:, ::-1] if flip else square).transpose(2, 0, 1)
+            continue
         if crop.resize is not None and image.size != crop.resize:
             image = image.resize(crop.resize, Image.Resampling.BILINEAR)
         image = image.crop(box)
@@ -186,3 +192,44 @@ def apply(
         square = np.asarray(image)
         out[:, i] = (square[:, ::-1] if flip else square).transpose(2, 0, 1)
     return out
+
+
+def bilinear(frame: np.ndarray, crop: Crop) -> np.ndarray:
+    """Cut and resize a frame uint8 [H,W,3] to [S,S,3] from the four nearest pixels of each.
+
+    Those of OpenCV's and torch's bilinear resize, which do not blur what they shrink: the frame's
+    where it is resized before the cut, and the box's own otherwise.
+    """
+    if crop.resize is None:
+        across = _neighbours(crop.width, crop.size, first=0, start=crop.x, count=crop.size)
+        down = _neighbours(crop.height, crop.size, first=0, start=crop.y, count=crop.size)
+    else:
+        height, width = frame.shape[:2]
+        across = _neighbours(width, crop.resize[0], first=crop.x, start=0, count=crop.size)
+        down = _neighbours(height, crop.resize[1], first=crop.y, start=0, count=crop.size)
+    rows = _blend(frame, *down, axis=0)  # [S,W,3]
+    return np.rint(_blend(rows, *across, axis=1)).astype(np.uint8)
+
+
+def _neighbours(
+    length: int, resized: int, *, first: int, start: int, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of the pixels from `first` on of an axis resized from `length`: sources, weight of second.
+
+    The axis begins at pixel `start` of the frame's. Centres of pixels lie at halves.
+    """
+    place = (np.arange(first, first + count) + 0.5) * (length / resized) - 0.5
+    place = place.clip(0, length - 1)
+    low = place.astype(np.int64)
+    high = np.minimum(low + 1, length - 1)
+    return start + low, start + high, (place - low).astype(np.float32)
+
+
+def _blend(
+    values: np.ndarray, low: np.ndarray, high: np.ndarray, weight: np.ndarray, *, axis: int
+) -> np.ndarray:
+    lower = values.take(low, axis=axis).astype(np.float32)
+    mixed = values.take(high, axis=axis) - lower
+    mixed *= weight[:, None, None] if axis == 0 else weight[:, None]
+    mixed += lower
+    return mixed

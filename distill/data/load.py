@@ -113,6 +113,7 @@ def load_views(clip: Clip, view: int, *, views: Views, seed: int, augmented: Aug
             frames,
             crop,
             flip=flip,
+            antialias=views.antialias,
             number=number,
             seed=seed,
             operations=operations,
@@ -140,7 +141,7 @@ def load_eval_view(
     height, width = frames.pixels.shape[1:3]
     size = views.image_size
     crop = augment.eval_crop(width, height, size=size, crop=crop_index, num_crops=num_crops)
-    return _finish(video, indices, frames, crop, flip=False)
+    return _finish(video, indices, frames, crop, flip=False, antialias=views.antialias)
 
 
 def replay_view(clip: Clip, info: dict, *, image_size: int) -> View:
@@ -326,13 +327,17 @@ def _finish(
     crop: augment.Crop,
     *,
     flip: bool,
+    antialias: bool = True,
     number: int | None = None,
     seed: int | None = None,
     operations: tuple[tuple[str, float], ...] = (),
     erased: tuple[int, int, int, int] | None = None,
 ) -> View:
+    pixels = augment.apply(
+        frames.pixels, crop, flip=flip, operations=operations, antialias=antialias
+    )
     return View(
-        pixels=augment.apply(frames.pixels, crop, flip=flip, operations=operations),
+        pixels=pixels,
         frames=indices.astype(np.int64),
         pts_seconds=frames.pts_seconds,
         crop=(crop.x, crop.y, crop.width, crop.height),
