@@ -363,6 +363,70 @@ def verify_cache(
 
 
 @app.command()
+def zoo(
+    overrides: OverridesArgument = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Rows of a data set, such as k400.", show_default=False),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Rows of a model, such as L14.", show_default=False),
+    ] = None,
+    row: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROW",
+            help="All that is known of one row, such as k400/L14.",
+            show_default=False,
+        ),
+    ] = None,
+    check: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="Load a released file into the model of --row and, with data.test.list=FILE, "
+            "measure it with the row's views.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+) -> None:
+    """The published model zoo: numbers, weights that can be had, and the recipe of each row."""
+    with clean_exit():
+        from distill.zoo import find_row, row_lines, select_rows, zoo_markdown, zoo_tables
+
+        if check is not None:
+            if row is None:
+                raise InputError("--check takes the row that the file should be of: add --row ROW")
+            from distill.recipe_file import load_recipe
+            from distill.zoo_check import check_lines, check_row
+
+            configure_log()
+            if as_json:
+                rich.reconfigure(stderr=True)  # all but the result
+            found = check_row(
+                find_row(row), load_recipe(find_row(row).recipe, overrides or ()), check
+            )
+            lines = check_lines(found)
+            print_plain(json.dumps(found, indent=1) if as_json else "\n".join(lines))
+            return
+        if overrides:
+            raise InputError(f"{overrides[0]}: settings are for --check FILE --row ROW")
+        rows = [find_row(row)] if row else select_rows(data=data, model=model)
+        if as_json:
+            print_plain(json.dumps([one.report() for one in rows], indent=1))
+        elif as_markdown:
+            print_plain(zoo_markdown(rows))
+        elif row:
+            print_plain("\n".join(row_lines(rows[0])))
+        else:
+            for table in zoo_tables(rows):
+                rich.print(table)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of recipes, for editors that complete and check YAML."""
     from distill.recipe_file import recipe_schema

@@ -1,0 +1,135 @@
+"""The published zoo as a table, and a file checked against its row."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import toys
+from typer.testing import CliRunner
+
+from distill.cli import app
+from distill.recipe import Classify
+from distill.recipe_file import load_recipe, shipped_recipes
+from distill.zoo import find_row, zoo_rows
+
+DATA = Path(__file__).parent / "data"
+COLUMNS = 100
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(COLUMNS))
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["zoo", *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def fail(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["zoo", *map(str, arguments)])
+    assert result.exit_code == 2
+    return " ".join(result.output.split())
+
+
+def published() -> dict[str, dict[str, str]]:
+    """Figures of upstream's scripts and tables by recipe, with what was put right."""
+    with (DATA / "recipes.tsv").open() as file:
+        rows = {row["recipe"]: row for row in csv.DictReader(file, delimiter="\t")}
+    with (DATA / "corrections.tsv").open() as file:
+        for correction in csv.DictReader(file, delimiter="\t"):
+            rows[correction["recipe"]][correction["column"]] = correction["ours"]
+    return rows
+
+
+def test_every_published_row_is_there_with_its_number_and_views():
+    figures = published()
+    assert {row.recipe for row in zoo_rows()} == set(figures)
+    for row in zoo_rows():
+        own = figures[row.recipe]
+        for column in ("top1", "map", "frames", "clips", "crops"):
+            value = getattr(row, column)
+            assert ("-" if value is None else f"{value:g}") == own[column].removesuffix(".0"), row
+    assert sum(row.top1 is not None for row in zoo_rows()) == 38
+    assert sum(row.link is not None for row in zoo_rows()) == 29
+
+
+def test_views_of_a_row_are_those_its_recipe_tests_with():
+    for row in zoo_rows():
+        if row.recipe not in shipped_recipes():
+            assert row.recipe in ("pretrain/1B", "pretrain/6B")
+            continue
+        recipe = load_recipe(row.recipe)
+        assert row.frames == recipe.data.views.frames
+        if isinstance(recipe.objective, Classify):
+            section = recipe.evaluate
+            assert (row.crops, row.clips) == (section.crops, section.clips)
+
+
+def test_files_are_of_the_rows_model_and_data_set():
+    for row in zoo_rows():
+        if row.file is None:
+            continue
+        where = f"{row.repository}/{row.file}".lower()
+        assert f"{row.model.lower()}_" in where or f"-{row.model.lower()}-" in where
+        folder = row.recipe.partition("/")[0]
+        if folder not in ("pretrain", "S14", "B14", "L14"):
+            assert f"ft_{folder}_" in row.file
+            assert f"_f{row.frames}" in row.file
+    files = [row.link for row in zoo_rows() if row.file]
+    assert len(set(files)) == len(files), "two rows name one file"
+
+
+def test_the_table_fits_the_terminal_and_hides_nothing():
+    text = run()
+    assert max(map(len, text.splitlines())) <= COLUMNS
+    for row in zoo_rows():
+        assert f" {row.recipe} " in text
+    assert "planned" not in text.lower()
+    line = next(line for line in text.splitlines() if " k400/L14 " in line)
+    assert " ".join(line.split()) == (
+        "k400/L14 K-Mash, distilled, K710 8x3x4 90.4 % top-1 L14_ft_k710_ft_k400_f8"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "reason"),
+    [
+        ("S14_k400.bin", "k400/B14", "tensors have another shape than the model's"),
+        ("L14_k710.bin", "k400/L14", "the file has 710 classes and the model 400"),
+        ("L14_dist.bin", "k400/L14", "keep asked for, but the file has no head"),
+        ("L14_k400.bin", "L14", "of the model would stay at init"),
+        ("1B_k400_f8.pth", "k400/1B-f16", "pos_embed would have to go from 8x2x2 -> 16x2x2"),
+        ("cut.bin", "k400/L14", "cut.bin: "),
+        ("code.bin", "k400/L14", "code.bin: "),
+        ("absent.bin", "k400/L14", "absent.bin: no such file"),
+    ],
+)
+def test_a_file_that_is_not_the_rows_is_refused_with_the_reason(files, name, row, reason):
+    text = fail("--check", files / name, "--row", row, "run.toy=true")
+    assert reason in text
+    model = find_row(row).model
+    assert f"{row}: expected a {model} of {find_row(row).frames} frames of 28 pixels" in text
+    assert find_row(row).link in text
+    assert not (files / "ran").exists()
+
+
+def test_a_file_is_measured_and_compared_with_the_published_number(files, monkeypatch):
+    monkeypatch.chdir(files)
+    toys.load_here(monkeypatch)
+    given = ("--check", "L14_k400.bin", "--row", "k400/L14", "run.toy=true")
+    views = ("data.test.list=videos4.csv", "evaluate.clips=2")
+    text = run(*given, *views)
+    line = next(line for line in text.splitlines() if line.startswith("top-1: measured "))
+    assert line.endswith(", published 90.4: -90.40, outside the interval")
+    assert "of 4 clips; details in runs/k400/L14-toy/check-L14_k400" in text
+    assert "unlike the published setting: evaluate.clips: 2, published with 4" in text
+    found = json.loads(
+        CliRunner().invoke(app, ["zoo", *given, *views, "--json"], catch_exceptions=False).stdout
+    )
+    assert found["numbers"]["top1"]["published"] == 90.4
+    assert found["evaluation"]["num_clips"] == 4
+    assert found["row"]["link"].endswith("L14_ft_k710_ft_k400_f8/pytorch_model.bin")
+    assert "no such file" in fail(*given, "data.test.list=none.csv")
