@@ -7,17 +7,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import rich
 import torch
 import videos
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from distill import recipe as schema
 from distill.checkpoint import write_tensors
+from distill.cli import app
 from distill.data.index import read_list
 from distill.dist import WHOLE, Part
 from distill.evaluate import score_views
 from distill.models import build_classifier
-from distill.recipe_file import dump_recipe
+from distill.recipe_file import dump_recipe, load_recipe
 
 LISTED = [
     "0.mp4,2,-1,-1,0",
@@ -76,13 +79,18 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-def evaluate(place: Path, output: str, *, ranks: int, program=("-m", "distill")):
-    """The command of a person at the shell, as a process, or several by torchrun."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+def command(place: Path, output: str) -> list[str]:
+    return ["evaluate", str(place / "run.yaml"), "--json"] + [
+        *("--checkpoint", str(place / "w.safetensors"), "--folder", str(place / output))
+    ]
+
+
+def evaluate_by(ranks: int, place: Path, output: str, *, program=("-m", "distill")):
+    """The command of a person at the shell, with torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     return subprocess.run(
-        [sys.executable, *torchrun, *program, "evaluate", str(place / "run.yaml"), "--json"]
-        + ["--checkpoint", str(place / "w.safetensors"), "--folder", str(place / output)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as torchrun sets it for each of several
+        [sys.executable, *torchrun, *program, *command(place, output)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -91,8 +99,16 @@ def evaluate(place: Path, output: str, *, ranks: int, program=("-m", "distill"))
 
 @pytest.fixture(scope="module")
 def alone(place) -> dict:
-    done = evaluate(place, "alone", ranks=1)
-    assert done.returncode == 0, done.stderr
+    """What one process prints."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as torchrun sets it for each of several
+    try:
+        done = CliRunner().invoke(app, command(place, "alone"))
+    finally:
+        torch.set_num_threads(threads)
+        rich.reconfigure()
+    assert done.exit_code == 0, done.stderr
+    assert "evaluate 42/42 views" in done.stderr
     return json.loads(done.stdout)
 
 
@@ -112,7 +128,7 @@ def test_json_is_all_that_one_process_prints(place, alone):
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_torchrun_gives_the_same_as_one_process(place, alone, ranks):
     """Bit for bit, with every view once, and printed once."""
-    done = evaluate(place, f"by{ranks}", ranks=ranks)
+    done = evaluate_by(ranks, place, f"by{ranks}")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["manifest"]["run"]["ranks"] == ranks
@@ -131,7 +147,7 @@ def test_torchrun_gives_the_same_as_one_process(place, alone, ranks):
 def test_a_rank_that_fails_ends_all_with_its_line(place, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(FAILING)
-    done = evaluate(place, "failed", ranks=2, program=[str(program)])
+    done = evaluate_by(2, place, "failed", program=[str(program)])
     assert done.returncode != 0
     assert done.stderr.count("rank 1 has no memory left; take a smaller batch\n") == 1
     assert "another process of this job is gone" not in done.stderr
@@ -142,8 +158,6 @@ def test_a_rank_that_fails_ends_all_with_its_line(place, tmp_path):
 @pytest.mark.parametrize("count", [2, 3, 20])
 def test_parts_hold_every_view_once_with_the_same_bits(place, count):
     """Twenty are more than there are batches: the last ones have nothing to do."""
-    from distill.recipe_file import load_recipe
-
     recipe = load_recipe(place / "run.yaml")
     torch.manual_seed(0)
     model = build_classifier(recipe)
