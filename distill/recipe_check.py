@@ -104,6 +104,7 @@ def _shared_settings(recipe: Recipe) -> dict[str, Any]:
             "data": {"train", "views"},
             "objective": {"mask", "teacher", "others", "cache"},
         },
+        exclude={"objective": {"others": {"__all__": {"weight", "decoder"}}}},
     )
 
 

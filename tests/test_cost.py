@@ -7,6 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill.cache.codes import Codec
+from distill.cache.live import other_teachers
 from distill.cache.record import record_arrays
 from distill.cost import (
     activation_bytes,
@@ -17,11 +18,12 @@ from distill.cost import (
     record_bytes,
     record_tokens,
     student_cost,
+    teacher_macs,
     teacher_parameters,
 )
-from distill.models import build_model
+from distill.models import build_model, build_teacher
 from distill.objective import ClassifyObjective, DistillObjective
-from distill.recipe import Recipe
+from distill.recipe import MAIN, Recipe
 from distill.students.vit import SIZES, VideoViT, ViTSize
 from distill.targets import view_records
 from distill.teachers import create_teacher
@@ -51,6 +53,21 @@ def distill(**section) -> dict:
     return {"kind": "distill", "teacher": teacher, "cache": {"folder": "c"}, **section}
 
 
+OTHERS = {
+    "mae": {
+        "kind": "videomae",
+        "size": {"width": 112, "depth": 4, "heads": 2},
+        "random": True,
+        "frames": 8,
+        "layers": 3,
+        "interval": 1,
+    },
+    "video": {"size": TEACHER, "random": True, "layers": 1, "decoder": "linear"},
+}
+INTERNVL = {"kind": "internvl", "size": TEACHER, "random": True, "layers": 2, "interval": 1}
+PER_FRAME = {"kind": "attention-per-frame", "ratio": 0.7}
+
+
 def classify(**section) -> dict:
     return {"kind": "classify", "num_classes": 7, **section}
 
@@ -69,6 +86,10 @@ def run_step(recipe: Recipe, *, backward: bool = True, clips: int = BATCH) -> No
         batch["tokens"] = torch.arange(visible).expand(clips, -1)
         batch["middle"] = torch.ones(2, clips, visible + 1, TEACHER["width"])
         batch["pooled"] = torch.ones(clips, TEACHER["pooled_width"])
+        for name, teacher in recipe.objective.others.items():
+            rows = visible + (name == "video")
+            shape = (teacher.layers, clips, rows, teacher.size.width)
+            batch[f"middle.{name}"] = torch.ones(shape)
     loss = objective(batch)["loss"]
     if backward:
         loss.backward()
@@ -88,6 +109,7 @@ def count_tflop(recipe: Recipe, *, backward: bool = True) -> float:
         (distill(decoder="linear"), {}),
         (distill(mask={"kind": "tube", "ratio": 0.6}), {}),
         (distill(), {"checkpoint_blocks": 2}),
+        (distill(others=OTHERS, mask=PER_FRAME), {}),
         (classify(), {}),
         (classify(trainable="pool"), {}),
         (classify(trainable="head"), {}),
@@ -112,6 +134,48 @@ def test_teacher_formula_equals_the_counted_flops():
         patches, _ = model.select_patches(torch.zeros(1, 3, 4, 56, 56), None)
         model.clip_projector(model.encode(patches)[0])
     assert counter.get_total_flops() == 2 * forward_macs(size, 64)
+
+
+@pytest.mark.parametrize("name", ["", "mae", "video"])
+def test_every_teachers_formula_equals_the_counted_flops(name):
+    recipe = make_recipe(distill(teacher=INTERNVL, others=OTHERS))
+    teacher = build_teacher(recipe, name)
+    clip = torch.zeros(1, 3, 8, 56, 56, dtype=torch.uint8)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        teacher.hidden(clip)
+    assert counter.get_total_flops() == 2 * teacher_macs(recipe, name)
+    parameters = sum(parameter.numel() for parameter in teacher.parameters())
+    assert parameters == teacher_parameters(recipe, name)
+
+
+@pytest.mark.parametrize(
+    ("codes", "tokens"), [("fp16", "visible"), ("4bit", "superset"), ("8bit", "all")]
+)
+def test_record_bytes_are_those_of_several_teachers(codes, tokens):
+    cache = {"folder": "c", "codes": codes, "tokens": tokens}
+    recipe = make_recipe(distill(teacher=INTERNVL, others=OTHERS, mask=PER_FRAME, cache=cache))
+    teachers = {name: build_teacher(recipe, name) for name in recipe.objective.teachers}
+    batch = {
+        "clip_id": torch.tensor([3]),
+        "view": torch.tensor([0]),
+        "pixels": torch.zeros(1, 3, 8, 56, 56, dtype=torch.uint8),
+    }
+    records = view_records(
+        teachers[MAIN],
+        batch,
+        mask=recipe.objective.mask,
+        seed=0,
+        tokens=tokens,
+        others=other_teachers(recipe, teachers),
+    )
+    means = {
+        name: None if codes == "fp16" else torch.zeros(section.layers, teachers[name].embed_dim)
+        for name, section in recipe.objective.teachers.items()
+    }
+    others = {name: Codec(codes, means=own) for name, own in means.items() if name}
+    arrays = record_arrays(records, codec=Codec(codes, means=means[MAIN], others=others))
+    assert record_bytes(recipe) == {name: array.nbytes for name, array in arrays.items()}
+    assert list(record_bytes(recipe)) == list(arrays), "in the order in which they lie"
 
 
 def test_published_sizes_give_the_published_flops():

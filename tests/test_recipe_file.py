@@ -588,6 +588,18 @@ def test_students_agree_on_all_that_they_read(setting, found, other):
     ]
 
 
+def test_students_agree_on_other_teachers_but_not_on_their_losses():
+    video = "{size: 1B, random: true, layers: 4}"
+    shared = f"objective: {{others: {{video: {video}}}}}\n"
+    path = write_students(shared)
+    own = ["weight=2", "decoder=linear"]
+    students = load_recipe(path, [f"students.two.objective.others.video.{one}" for one in own])
+    videos = [one.objective.others["video"] for one in students.students.values()]
+    assert [(one.weight, one.decoder) for one in videos] == [(1, "mlp"), (2, "linear")]
+    override = "students.two.objective.others.video.layers=3"
+    assert student_mistakes(shared, override) == [f"{override}: is 3 for two, but 4 for one"]
+
+
 def test_students_learn_from_cached_targets():
     override = "students.two.objective.targets=live"
     assert student_mistakes("", override) == [

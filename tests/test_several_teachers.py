@@ -1,6 +1,7 @@
 """A student of several teachers, as in stage-1 pretraining: from videos to losses, all tiny."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -265,6 +266,31 @@ SETTINGS = [
 ]
 
 
+def test_no_setting_of_a_teacher_is_without_a_test(built):
+    """But its kind and its model, which have tests of their own."""
+    told = {re.match(r"( blocks|\.\w+| weights \(sha256\))", line)[1] for _, line in SETTINGS}
+    place = "objective.others.mae"
+    found = {name.removeprefix(place) for name in cache_identity(built) if name.startswith(place)}
+    assert found == (told | {".kind"}) - {".mean", ".std"}
+
+
+def test_another_kind_of_teacher_is_named(built, clips):
+    folder = built.objective.cache.folder
+    kind = {"mae": {**MAE, "kind": "internvideo2"}, "video": VIDEO}
+    for other, line in (
+        (
+            make_recipe(clips, folder, others=kind),
+            "others.mae.kind videomae, the recipe asks for i",
+        ),
+        (
+            make_recipe(clips, folder, teacher={"kind": "internvideo2"}),
+            "teacher.kind internvl, the recipe asks for internvideo2; set objective.te",
+        ),
+    ):
+        with pytest.raises(StateError, match=f"^cache {folder}: holds objective.{line}"):
+            Cache.open(folder, other)
+
+
 @pytest.mark.parametrize(("change", "line"), SETTINGS)
 def test_another_setting_of_a_teacher_is_named(built, clips, change, line):
     folder = built.objective.cache.folder
@@ -272,6 +298,18 @@ def test_another_setting_of_a_teacher_is_named(built, clips, change, line):
     with pytest.raises(StateError) as error:
         Cache.open(folder, other, allow_missing=True)
     assert str(error.value).startswith(f"cache {folder}: holds objective.others.mae{line}")
+
+
+def test_the_activation_is_part_of_every_teacher_that_has_one(built, clips):
+    folder = built.objective.cache.folder
+    video = {"mae": MAE, "video": {**VIDEO, "activation": "gelu"}}
+    for other, place in (
+        (make_recipe(clips, folder, teacher={"activation": "gelu"}), "teacher"),
+        (make_recipe(clips, folder, others=video), "others.video"),
+    ):
+        line = f"holds objective.{place}.activation gelu_tanh, the recipe asks for gelu;"
+        with pytest.raises(StateError, match=line):
+            Cache.open(folder, other)
 
 
 def test_settings_of_a_loss_are_not_a_caches(built, clips):

@@ -16,6 +16,7 @@ from distill.teachers import return_layers
 
 REVISIONS = {"layout": 2, "sampling": 1, "augmentation": 1, "mask": 1, "codes": 2}
 OTHERS = "objective.others."
+USUAL = {"objective.teacher.kind": "internvideo2"}  # and then no part of an identity
 WEIGHTS = " weights (sha256)"
 READ = "frames read"  # of a video, where a teacher takes more than the student
 MEANS_FILE = "means.safetensors"
@@ -63,9 +64,7 @@ def _main_identity(recipe: Recipe) -> dict:
         **_settings(section.teacher, recipe, place),
         BLOCKS: _blocks(recipe, MAIN),
     }
-    if section.teacher.kind == "internvideo2":
-        del values[f"{place}.kind"]
-    return values
+    return {key: value for key, value in values.items() if USUAL.get(key) != value}
 
 
 def _other_identity(recipe: Recipe, name: str, teacher: Teacher) -> dict:
@@ -85,7 +84,7 @@ def _settings(teacher: Teacher, recipe: Recipe, place: str) -> dict:
         values["model"] = teacher.model
     else:
         values["size"] = _size_name(teacher.size)
-    if teacher.kind == "internvideo2":
+    if teacher.kind in ("internvideo2", "internvl"):
         values["activation"] = teacher.activation
     values["precision"] = teacher.precision
     for field in ("frames", "image_size"):
@@ -171,7 +170,7 @@ def require_identity(found: dict, expected: dict, *, where: str) -> None:
     """Refuse a cache that is not the recipe's: StateError, one line, on the first difference."""
     # Means, and the frames that are read, differ where settings do.
     for name in sorted({**expected, **found}, key=(READ, MEANS).__contains__):
-        have, want = found.get(name), expected.get(name)
+        have, want = (identity.get(name, USUAL.get(name)) for identity in (found, expected))
         if have == want and (name in found) == (name in expected):
             continue
         if name == MEANS:
