@@ -40,11 +40,11 @@ def check_file(row: Row, recipe: Recipe, checkpoint: str) -> LoadReport:
 
 def _expected(row: Row, recipe: Recipe) -> str:
     views = recipe.data.views
-    what = f"{row.model} of {views.frames} frames of {views.image_size} pixels"
+    what = f"the weights of {row.model}, {views.frames} frames of {views.image_size} pixels"
     if isinstance(recipe.objective, Classify):
         what += f" with {recipe.objective.num_classes} classes"
     where = f", as in {row.link}" if row.link else ""
-    return f"expected a {what}{where}"
+    return f"expected {what}{where}"
 
 
 def check_row(row: Row, recipe: Recipe, checkpoint: str) -> dict[str, Any]:

@@ -2,16 +2,22 @@
 
 import csv
 import json
+import os
+import pickle
 from pathlib import Path
 
 import pytest
+import torch
 import toys
 from typer.testing import CliRunner
 
 from distill.cli import app
-from distill.recipe import Classify
+from distill.errors import InputError
+from distill.recipe import Classify, vit_size
 from distill.recipe_file import load_recipe, shipped_recipes
-from distill.zoo import find_row, zoo_rows
+from distill.students import create_classifier, create_student
+from distill.toy import SIZES
+from distill.zoo import find_row, select_rows, zoo_rows
 
 DATA = Path(__file__).parent / "data"
 COLUMNS = 100
@@ -92,6 +98,96 @@ def test_the_table_fits_the_terminal_and_hides_nothing():
     assert " ".join(line.split()) == (
         "k400/L14 K-Mash, distilled, K710 8x3x4 90.4 % top-1 L14_ft_k710_ft_k400_f8"
     )
+    assert "not published  not published" in text
+
+
+def test_json_and_markdown_hold_every_row():
+    rows = json.loads(run("--json"))
+    assert [row["recipe"] for row in rows] == [row.recipe for row in zoo_rows()]
+    one = next(row for row in rows if row["recipe"] == "anet/6B-attentive")
+    assert (one["top1"], one["map"], one["file"]) == (95.9, 98.2, None)
+    text = run("--markdown")
+    assert text.count("\n| [") == len(rows)
+    link = find_row("k400/1B").link
+    assert link.endswith("InternVideo2-Stage1-1B-224p-K400/resolve/main/1B_ft_k710_ft_k400_f8.pth")
+    assert f"| 91.3 |  | [1B_ft_k710_ft_k400_f8.pth]({link}) |" in text
+
+
+def test_rows_are_chosen_by_data_set_and_model():
+    assert [row.recipe for row in select_rows(data="ssv2", model="L14")] == ["ssv2/L14"]
+    assert len(select_rows(data="Kinetics-400")) == 7
+    assert len(select_rows(data="k400")) == 12
+    assert {row.model for row in select_rows(model="b14")} == {"B14"}
+    with pytest.raises(InputError, match=r"^no row of k500; --data is one of pretrain, k710, k400"):
+        select_rows(data="k500")
+
+
+def test_a_row_says_what_is_known_of_it():
+    text = run("--row", "recipes/ssv2/B14.yaml")
+    assert "numbers: 73.5 % top-1 (8x3x4: frames x crops x clips)" in text
+    assert "stage1/B14/B14_ft_ssv2_f8/pytorch_model.bin --local-dir weights" in text
+    assert "note: the zoo links a Kinetics-700 file, and its script trains L/14" in text
+    assert "weights: not published" in run("--row", "k400/6B")
+    assert fail("--row", "k400/L15") == "--row k400/L15: no such row, did you mean 'k400/L14'?"
+    assert fail("--check", "a.pth").startswith("--check takes the row that the file should be of")
+    assert fail("optim.lr=1") == "optim.lr=1: settings are for --check FILE --row ROW"
+
+
+# Checks, with toys in the layouts of released files
+
+
+class Runs:
+    """A pickle that runs a command when it is read without care."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("released")
+    toys.make_data(folder)
+    torch.manual_seed(0)
+    for name, size, classes in (
+        ("L14_k400.bin", "L14", 400),
+        ("S14_k400.bin", "S14", 400),
+        ("L14_k710.bin", "L14", 710),
+        ("1B_k400_f8.pth", "1B", 400),
+    ):
+        model = create_classifier(vit_size(SIZES[size]), num_classes=classes, image_size=28)
+        state = {key: value.half() for key, value in model.state_dict().items()}
+        torch.save({"module": state} if name.endswith("pth") else state, folder / name)
+    student = create_student(
+        vit_size(SIZES["L14"]),
+        image_size=28,
+        teacher_width=SIZES["1B"].width,
+        teacher_pooled=SIZES["1B"].pooled_width,
+        num_layers=2,
+    )
+    torch.save(student.state_dict(), folder / "L14_dist.bin")
+    whole = (folder / "L14_k400.bin").read_bytes()
+    (folder / "cut.bin").write_bytes(whole[: len(whole) // 2])
+    (folder / "code.bin").write_bytes(pickle.dumps(Runs(str(folder / "ran")), protocol=2))
+    return folder
+
+
+def test_a_fitting_file_is_reported_and_says_which_list_is_missing(files):
+    text = run("--check", files / "L14_k400.bin", "--row", "k400/L14", "run.toy=true")
+    assert f"{files / 'L14_k400.bin'}: 87 tensors taken as they are" in text
+    assert "k400/L14: the file fits" in text
+    assert "not measured: data.test.list: not set (any copy of Kinetics-400;" in text
+    assert "set data.test.list=FILE" in text
+
+
+def test_a_distilled_file_fits_its_row_and_has_nothing_to_measure(files):
+    text = run("--check", files / "L14_dist.bin", "--row", "L14", "run.toy=true")
+    assert text.splitlines()[-2:] == [
+        "L14: the file fits",
+        "unlike the published setting: run.toy: a toy's model and pixels",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -102,8 +198,8 @@ def test_the_table_fits_the_terminal_and_hides_nothing():
         ("L14_dist.bin", "k400/L14", "keep asked for, but the file has no head"),
         ("L14_k400.bin", "L14", "of the model would stay at init"),
         ("1B_k400_f8.pth", "k400/1B-f16", "pos_embed would have to go from 8x2x2 -> 16x2x2"),
-        ("cut.bin", "k400/L14", "cut.bin: "),
-        ("code.bin", "k400/L14", "code.bin: "),
+        ("cut.bin", "k400/L14", "cut.bin: not a readable torch file"),
+        ("code.bin", "k400/L14", "code.bin: refused, reading it would run code"),
         ("absent.bin", "k400/L14", "absent.bin: no such file"),
     ],
 )
@@ -111,7 +207,10 @@ def test_a_file_that_is_not_the_rows_is_refused_with_the_reason(files, name, row
     text = fail("--check", files / name, "--row", row, "run.toy=true")
     assert reason in text
     model = find_row(row).model
-    assert f"{row}: expected a {model} of {find_row(row).frames} frames of 28 pixels" in text
+    assert (
+        f"{row}: expected the weights of {model}, {find_row(row).frames} frames of 28 pixels"
+        in text
+    )
     assert find_row(row).link in text
     assert not (files / "ran").exists()
 
