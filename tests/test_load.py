@@ -499,6 +499,26 @@ def test_folders_of_frames_use_the_number_in_the_list(tmp_path):
         load_view(short, 0, views=views, seed=0)
 
 
+@pytest.mark.parametrize("template", ["img_{:05}.jpg", "{:05}.jpg"])
+def test_folders_as_the_data_sets_name_their_frames(tmp_path, template):
+    """Something-Something's and HMDB51's frames count from 1, the frames of a view from 0."""
+    (tmp_path / "17").mkdir()
+    for number in range(35):
+        image = Image.fromarray(videos.burn(number, width=224, height=224))
+        image.save(tmp_path / "17" / template.format(number + 1), quality=95)
+    (tmp_path / "train.csv").write_text("17 35 4\n")
+    (clip,) = read_list(ClipList(list=str(tmp_path / "train.csv")))
+    views = Views(image_size=224, sampling=SegmentSampling(kind="segment"), antialias=False)
+    place = {"num_clips": 2, "crop_index": 0, "num_crops": 1, "views": views}
+    for index, expected in enumerate(
+        ([0, 4, 8, 13, 17, 21, 26, 30], [2, 6, 10, 15, 19, 24, 28, 32])
+    ):
+        view = load_eval_view(clip, clip_index=index, **place)
+        assert view.frames.tolist() == expected
+        shown = [videos.number_of(frame) for frame in view.pixels.transpose(1, 2, 3, 0)]
+        assert shown == expected
+
+
 def test_collate_marks_clips_without_a_label():
     items = [(task("ok", 3), faults.view(3))]
     unlabelled = functools.partial(Clip, path="", name="")
