@@ -84,8 +84,15 @@ class DistillObjective(nn.Module):
         [K,B,M,E] and middle.NAME (or codes of them) and pooled [B,P], and the epoch. Targets of
         a teacher without a class token have M-1 rows. Accumulates in float32.
         """
+        keep = draw_keep(self.student, batch["clip_id"], seed=self.seed, epoch=batch["epoch"])
+        return self.losses(batch, keep)
+
+    def losses(self, batch: dict, keep: Tensor | None) -> dict[str, Tensor]:
+        """As `forward`, with drop-path factors [2L,B] or None.
+
+        All of it is on the device: what `torch.compile` and CUDA graphs can take as a whole.
+        """
         student = self.student
-        keep = draw_keep(student, batch["clip_id"], seed=self.seed, epoch=batch["epoch"])
         states, pooled, others = student.decoder_inputs(
             patches=batch["patches"], tokens=batch["tokens"], keep=keep
         )

@@ -431,9 +431,10 @@ def linear_alignment(
             for layer, (*linear, gain, shift) in enumerate(zip(*groups, strict=True))
         ]
         return torch.cat(losses)
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else h.dtype
+    kind = h.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
     if dtype == torch.float16:  # where a mean's gradients are smaller than any number
         upstream = float(h.shape[0] * h.shape[1])
-    with torch.autocast("cuda", enabled=False):
+    with torch.autocast(kind, enabled=False):
         states = [x.to(dtype) for x in states]
         return _LinearAlignment.apply(targets, upstream or 1.0, layers, *states, *leaves[layers:])

@@ -24,7 +24,7 @@ from distill.kernels.jit import jit, operation, tl, uses_triton
 BLOCK = 64  # of rows, columns and what is summed over
 NUM_WARPS = 4
 NUM_STAGES = 3
-SPLITS = 16  # of the rows in the backward pass, whose products would keep few multiprocessors busy
+SPLITS = 16  # of the rows, at most, in the backward pass: few multiprocessors would be busy
 
 
 def normalize_patches(patches: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -83,7 +83,7 @@ def _patch_embed_bwd_kernel(
     patches,  # uint8 [R,inner]
     upstream,  # [R,columns]
     centres,  # float32 [inner]
-    parts,  # float32 [SPLITS,columns,inner], written
+    parts,  # float32 [splits,columns,inner], written
     num_rows,
     rows_per_split,
     columns,
@@ -146,8 +146,9 @@ def _patch_embed_bwd(patches: Tensor, upstream: Tensor, centres: Tensor) -> Tens
     """upstream' (patches - centres): float32 [D,U], added up in a fixed order."""
     (num_rows, inner), columns = patches.shape, upstream.shape[1]
     rows_per_split = -(-num_rows // (SPLITS * BLOCK)) * BLOCK
-    parts = torch.empty(SPLITS, columns, inner, dtype=torch.float32, device=patches.device)
-    grid = (-(-inner // BLOCK), -(-columns // BLOCK), SPLITS)
+    splits = -(-num_rows // rows_per_split)
+    parts = torch.empty(splits, columns, inner, dtype=torch.float32, device=patches.device)
+    grid = (-(-inner // BLOCK), -(-columns // BLOCK), splits)
     with torch.cuda.device_of(patches):
         _patch_embed_bwd_kernel[grid](
             patches,

@@ -1,11 +1,16 @@
 """Operations with their gradients, for Triton's interpreter (see interpret.py)."""
 
+import steps
 import torch
+from coded import coded_targets
 from interpret import find
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from distill.kernels import alignment, linear_alignment
+from distill.kernels.coded_targets import decode_targets
+from distill.kernels.codes import decode_codes
 
 
 def gradients(place: str, arguments: tuple, settings: dict, upstream: list[Tensor]) -> tuple:
@@ -46,6 +51,46 @@ def clip_by_clip(place: str, arguments: tuple, settings: dict):
 def scaled(gradients: Tensor, ratio: Tensor) -> Tensor:
     alignment._alignment_bwd(gradients, ratio)
     return gradients
+
+
+def step(precision: str, **settings) -> dict[str, Tensor]:
+    return steps.whole_step(precision, **settings)
+
+
+def losses(precision: str, num_steps: int) -> Tensor:
+    return steps.train_losses(precision, num_steps)
+
+
+def checked_operations(precisions: list[str]) -> list[str]:
+    """Names of the operations that steps on coded targets take, each checked by PyTorch.
+
+    What it checks: that nothing is written or shared but what the schema says, and that outputs
+    have the shapes, strides and dtypes that the compiler is told.
+    """
+    calls = {}
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == "distill":
+                copied = tree_map_only(Tensor, Tensor.clone, (args, kwargs or {}))
+                arity = tuple(x is None for x in tree_leaves(copied))  # of each form, one
+                calls.setdefault((function, arity), copied)
+            return function(*args, **kwargs or {})
+
+    is_compiling, torch.compiler.is_compiling = torch.compiler.is_compiling, lambda: True
+    try:
+        with Record():
+            for precision in precisions:
+                steps.whole_step(precision, is_coded=True)
+            # Other operations take these two as part of themselves.
+            targets = coded_targets(4, 96)
+            decode_targets(targets, torch.float16)
+            decode_codes(*targets[:3], width=96)
+    finally:
+        torch.compiler.is_compiling = is_compiling
+    for (function, _), (args, kwargs) in calls.items():
+        torch.library.opcheck(function, args, kwargs, test_utils=("test_schema", "test_faketensor"))
+    return sorted({function.__name__.removesuffix(".default") for function, _ in calls})
 
 
 def embedding(
