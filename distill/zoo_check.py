@@ -1,6 +1,5 @@
 """A released file against its row of the zoo: does it fit, and does it reach its number?"""
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,13 +76,11 @@ def check_row(row: Row, recipe: Recipe, checkpoint: str) -> dict[str, Any]:
     result = evaluate_recipe(recipe, checkpoint, folder=folder)
     found["evaluation"] = result
     found["folder"] = str(folder)
-    intervals = result.get("confidence_intervals", {})
     for key in METRICS:
-        if result.get(key) is not None and (key == "top1" or row.map is not None):
-            interval = intervals.get(key) or _normal_interval(result[key], result["num_clips"])
+        if key == "top1" or row.map is not None:
             found["numbers"][key] = {
                 "measured": result[key],
-                "interval": interval,
+                "interval": result["confidence_intervals"][key],
                 "published": getattr(row, key),
             }
     return found
@@ -129,10 +126,3 @@ def check_lines(found: dict[str, Any]) -> list[str]:
     lines += [f"unlike the published setting: {line}" for line in found["differs"]]
     lines += [f"not measured: {line}" for line in found["missing"]]
     return lines
-
-
-def _normal_interval(percent: float, count: int) -> list[float]:
-    """The 95 % interval of a share of `count` clips (Wald)."""
-    share = percent / 100
-    half = 196 * math.sqrt(share * (1 - share) / count)
-    return [max(percent - half, 0.0), min(percent + half, 100.0)]
