@@ -9,7 +9,7 @@ from pathlib import Path
 
 from distill.errors import InputError, StateError
 from distill.models import teacher_depth
-from distill.recipe import MAIN, Distill, Recipe, Teacher, read_views, vit_size
+from distill.recipe import MAIN, Distill, Recipe, Teacher, vit_size
 from distill.students.vit import SIZES, resolve_size
 from distill.students.warmstart import file_sha256
 from distill.teachers import return_layers
@@ -18,7 +18,6 @@ REVISIONS = {"layout": 2, "sampling": 1, "augmentation": 1, "mask": 1, "codes": 
 OTHERS = "objective.others."
 USUAL = {"objective.teacher.kind": "internvideo2"}  # and then no part of an identity
 WEIGHTS = " weights (sha256)"
-READ = "frames read"  # of a video, where a teacher takes more than the student
 MEANS_FILE = "means.safetensors"
 BLOCKS = "teacher blocks"  # whose outputs are kept: by objective.teacher's layers and interval
 MEANS = "codes means (sha256)"  # of shards alone: measured once for a cache, and kept beside them
@@ -34,7 +33,6 @@ def cache_identity(recipe: Recipe) -> dict:
     # Of a recipe with a teacher, `antialias` has one value.
     views = recipe.data.views.model_dump(mode="json", exclude={"decoder", "sampling", "antialias"})
     sampling = recipe.data.views.sampling.model_dump(mode="json")
-    num_read = read_views(recipe).frames
     return {
         **_main_identity(recipe),
         **{
@@ -42,7 +40,6 @@ def cache_identity(recipe: Recipe) -> dict:
             for name, teacher in section.others.items()
             for key, value in _other_identity(recipe, name, teacher).items()
         },
-        **({READ: num_read} if num_read != recipe.data.views.frames else {}),
         **{f"data.views.sampling.{name}": value for name, value in sampling.items()},
         **{f"data.views.{name}": value for name, value in views.items()},
         "objective.mask.kind": section.mask.kind,
@@ -146,8 +143,8 @@ def _weights_hash(teacher: Teacher, recipe: Recipe, place: str) -> str:
 def adopt_more(found: dict, expected: dict) -> tuple[dict, dict[str, list[int]] | None]:
     """The expected identity of a cache that keeps more of its teachers than is asked for.
 
-    That is more blocks of a teacher, or other teachers, for which more frames may have been
-    read. With it come, by teacher, the places of the blocks asked for where it keeps more of
+    That is more blocks of a teacher, or other teachers; where these took more frames, a view has
+    the first of every two that were drawn for them. With it come, by teacher, the places of the blocks asked for where it keeps more of
     them; None where this is not the difference.
     """
     adopted, places = dict(expected), {}
@@ -161,15 +158,12 @@ def adopt_more(found: dict, expected: dict) -> tuple[dict, dict[str, list[int]] 
     for name in more:
         begins = (f"{OTHERS}{name} ", f"{OTHERS}{name}.")
         adopted |= {key: value for key, value in found.items() if key.startswith(begins)}
-    if more and READ in found:
-        adopted[READ] = found[READ]
     return adopted, places if places or more else None
 
 
 def require_identity(found: dict, expected: dict, *, where: str) -> None:
     """Refuse a cache that is not the recipe's: StateError, one line, on the first difference."""
-    # Means, and the frames that are read, differ where settings do.
-    for name in sorted({**expected, **found}, key=(READ, MEANS).__contains__):
+    for name in sorted({**expected, **found}, key=MEANS.__eq__):  # they differ where settings do
         have, want = (identity.get(name, USUAL.get(name)) for identity in (found, expected))
         if have == want and (name in found) == (name in expected):
             continue
