@@ -144,8 +144,8 @@ def adopt_more(found: dict, expected: dict) -> tuple[dict, dict[str, list[int]] 
     """The expected identity of a cache that keeps more of its teachers than is asked for.
 
     That is more blocks of a teacher, or other teachers; where these took more frames, a view has
-    the first of every two that were drawn for them. With it come, by teacher, the places of the blocks asked for where it keeps more of
-    them; None where this is not the difference.
+    every n-th that was drawn for them. With it come, by teacher, the places of the blocks asked
+    for where it keeps more of them; None where this is not the difference.
     """
     adopted, places = dict(expected), {}
     for name in (MAIN, *other_teachers(expected)):
