@@ -31,16 +31,24 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def take_kernels(kernels: jit.Kernels, device: torch.device) -> None:
-    """Take a recipe's `run.kernels` for this process, and say on a GPU which they are."""
-    if device.type == "cuda":
-        if kernels == "triton" and jit.triton is None:
-            raise InputError(
-                "run.kernels is 'triton', but Triton is not installed; install it, or set "
-                "run.kernels=torch"
-            )
+@contextmanager
+def using_kernels(kernels: jit.Kernels, device: torch.device) -> Iterator[None]:
+    """Take a recipe's `run.kernels` for as long as a run lasts, and say on a GPU which they are.
+
+    A run within a run, such as a build of the cache that training lacks, does not say it again.
+    """
+    if device.type == "cuda" and kernels == "triton" and jit.triton is None:
+        raise InputError(
+            "run.kernels is 'triton', but Triton is not installed; install it, or set "
+            "run.kernels=torch"
+        )
+    before = jit.choose(kernels)
+    if device.type == "cuda" and before != kernels:
         logger.info("kernels on %s: %s", device, kernels)
-    jit.choose(kernels)
+    try:
+        yield
+    finally:
+        jit.choose(before)
 
 
 def seed_generators(seed: int) -> None:

@@ -25,7 +25,7 @@ from distill.checkpoint import write_json, write_text
 from distill.data.index import Clip, read_list
 from distill.data.load import ClipLoader, Task, View, collate, load_eval_task
 from distill.dist import WHOLE, Part
-from distill.engine import autocast, pick_device, take_kernels, to_device
+from distill.engine import autocast, pick_device, to_device, using_kernels
 from distill.errors import InputError, StateError
 from distill.manifest import make_manifest
 from distill.metrics import RESAMPLES, class_rows, confusion_matrix, measure, merge_views
@@ -286,21 +286,21 @@ def evaluate_recipe(
         )
     section = recipe.evaluate
     device = pick_device()
-    take_kernels(recipe.run.kernels, device)
     model = build_classifier(recipe).to(device)
     load_weights(model, checkpoint, head="keep")
     folder = folder or Path(recipe.run.folder) / f"evaluate-{section.split}"
     folder.mkdir(parents=True, exist_ok=True)
-    return evaluate(
-        model,
-        recipe,
-        split=section.split,
-        num_clips=section.clips,
-        num_crops=section.crops,
-        device=device,
-        folder=folder,
-        weights=checkpoint,
-    )
+    with using_kernels(recipe.run.kernels, device):
+        return evaluate(
+            model,
+            recipe,
+            split=section.split,
+            num_clips=section.clips,
+            num_crops=section.crops,
+            device=device,
+            folder=folder,
+            weights=checkpoint,
+        )
 
 
 def labelled_clips(recipe: schema.Recipe, split: str) -> list[Clip]:

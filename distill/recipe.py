@@ -353,7 +353,9 @@ class Run(Section):
         "on a CPU, in folders that end in -toy; other overrides are set in what is left",
     )
     kernels: Literal["torch", "triton"] = Field(
-        "torch", description="triton takes this project's kernels on a GPU"
+        "torch",
+        description="triton takes this project's kernels on a GPU; not the default until their "
+        "tests have passed on one",
     )
 
 

@@ -41,7 +41,7 @@ from distill.engine import (
     reproducible,
     seed_generators,
     split_batch,
-    take_kernels,
+    using_kernels,
 )
 from distill.errors import StateError
 from distill.evaluate import evaluate
@@ -115,8 +115,7 @@ def train_together(recipes: Sequence[schema.Recipe], folders: Sequence[Path]) ->
 def train_unfinished(left: Sequence[tuple[schema.Recipe, Path]]) -> None:
     """Open what the recipes read, train them in their folders and write their summaries."""
     device, seed = pick_device(), left[0][0].run.seed
-    take_kernels(left[0][0].run.kernels, device)
-    with reproducible(device, seed=seed):
+    with using_kernels(left[0][0].run.kernels, device), reproducible(device, seed=seed):
         cache = open_cache(left[0][0]) if len(left) > 1 else None
         jobs = []
         for recipe, folder in left:

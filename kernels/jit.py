@@ -21,7 +21,8 @@ except ImportError:
 __all__ = ["Kernels", "choose", "jit", "operation", "tl", "uses_triton"]
 
 Kernels = Literal["torch", "triton"]
-_chosen: Kernels = "torch"  # of the process: a backward pass may run in another thread
+# Of the process, since a backward pass may run in another thread; None where no run has chosen.
+_chosen: Kernels | None = None
 _library = torch.library.Library("distill", "FRAGMENT")
 
 
@@ -55,12 +56,16 @@ def operation(schema: str, *, fake: Callable) -> Callable[[Callable], Callable]:
     return wrap
 
 
-def choose(kernels: Kernels) -> None:
-    """What operations on a GPU run from here on in this process; on a CPU it is always torch."""
+def choose(kernels: Kernels | None) -> Kernels | None:
+    """What operations on a GPU run from here on in this process, and what it was before.
+
+    None is torch, as before any choice; on a CPU it is always torch.
+    """
     global _chosen
-    if kernels not in get_args(Kernels):
+    if kernels is not None and kernels not in get_args(Kernels):
         raise ValueError(f"kernels must be one of {', '.join(get_args(Kernels))}, got {kernels!r}")
-    _chosen = kernels
+    before, _chosen = _chosen, kernels
+    return before
 
 
 def uses_triton(tensor: Tensor) -> bool:

@@ -9,9 +9,9 @@ from pydantic import ValidationError
 from torch.testing import assert_close
 
 from distill import evaluate, train
-from distill.cache import live
+from distill.cache import build
 from distill.cache.codes import Codec
-from distill.engine import take_kernels
+from distill.engine import using_kernels
 from distill.errors import InputError
 from distill.kernels import (
     alignment,
@@ -57,7 +57,7 @@ class Kernel:
 def chosen():
     """What other tests see stays as it was."""
     yield
-    jit.choose("torch")
+    jit.choose(None)
 
 
 def draw(*shape, dtype=torch.float32):
@@ -166,7 +166,7 @@ def test_torch_is_the_default_of_a_process_and_of_a_recipe():
     spec = importlib.util.spec_from_file_location("fresh_jit", jit.__file__)
     fresh = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fresh)
-    assert [fresh._chosen, Run().kernels] == ["torch", "torch"]
+    assert [fresh._chosen, Run().kernels] == [None, "torch"]
     assert fresh.uses_triton(on_gpu(torch.ones(1))) is False
 
 
@@ -246,31 +246,45 @@ def recipe(kernels, objective):
 
 DISTILL = {
     "kind": "distill",
-    "teacher": {"size": "S14", "random": True},
+    "teacher": {"size": "S14", "random": True, "layers": 2, "interval": 1.0},
     "cache": {"folder": "cache"},
 }
 CLASSIFY = {"kind": "classify", "num_classes": 3}
-STARTS = {
-    "training": (train, DISTILL, lambda recipe: train.train_unfinished([(recipe, None)])),
-    "a cache's teacher": (live, DISTILL, live.cached_teachers),
-    "evaluation": (evaluate, CLASSIFY, lambda recipe: evaluate.evaluate_recipe(recipe, "w.pt")),
+STARTS = {  # what of a module runs with the recipe's kernels, and what comes to it
+    "training": (
+        train,
+        DISTILL,
+        "open_cache",
+        lambda one: train.train_unfinished([(one, None)] * 2),
+    ),
+    "a build of a cache": (build, DISTILL, "cached_teachers", build.build_cache),
+    "evaluation": (evaluate, CLASSIFY, "evaluate", lambda one: evaluate.evaluate_recipe(one, "w")),
 }
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("start", STARTS)
-def test_the_recipe_chooses(start, kernels, monkeypatch):
-    module, objective, call = STARTS[start]
+def test_a_run_takes_the_recipes_kernels_and_leaves_none_behind(
+    start, kernels, monkeypatch, tmp_path
+):
+    module, objective, name, call = STARTS[start]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clips.csv").write_text("a.mp4,0\n")
+    monkeypatch.setattr(build, "check_videos", lambda *arguments: None)
+    monkeypatch.setattr(evaluate, "build_classifier", lambda recipe: torch.nn.Linear(1, 1))
+    monkeypatch.setattr(evaluate, "load_weights", lambda *arguments, **settings: None)
+    chosen = []
 
-    def taken(*arguments):
-        take_kernels(*arguments)
+    def stop(*arguments, **settings):
+        chosen.append(jit._chosen)
         raise KernelTaken
 
-    jit.choose({"torch": "triton", "triton": "torch"}[kernels])
-    monkeypatch.setattr(module, "take_kernels", taken)
+    monkeypatch.setattr(module, name, stop)
+    other = {"torch": "triton", "triton": "torch"}[kernels]
+    jit.choose(other)
     with pytest.raises(KernelTaken):
         call(recipe(kernels, objective))
-    assert jit._chosen == kernels
+    assert (chosen, jit._chosen) == ([kernels], other)
 
 
 def test_a_recipe_takes_no_other_kernels():
@@ -281,18 +295,28 @@ def test_a_recipe_takes_no_other_kernels():
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
-def test_the_log_says_on_a_gpu_which_kernels_run(kernels, monkeypatch, caplog):
+def test_the_log_says_once_on_a_gpu_which_kernels_run(kernels, monkeypatch, caplog):
     monkeypatch.setattr(jit, "triton", object())
+    jit.choose(None)
+    on_gpu = torch.device("cuda")
     with caplog.at_level(logging.INFO, logger="distill.engine"):
-        take_kernels(kernels, torch.device("cpu"))
-        assert caplog.messages == []
-        take_kernels(kernels, torch.device("cuda"))
-    assert caplog.messages == [f"kernels on cuda: {kernels}"]
+        with using_kernels(kernels, torch.device("cpu")):
+            assert caplog.messages == []
+        with using_kernels(kernels, on_gpu):
+            with using_kernels(kernels, on_gpu):  # a run within a run
+                pass
+            assert jit._chosen == kernels
+        assert caplog.messages == [f"kernels on cuda: {kernels}"]
+        with using_kernels(kernels, on_gpu):  # the next one
+            pass
+    assert caplog.messages == [f"kernels on cuda: {kernels}"] * 2
+    assert jit._chosen is None
 
 
 def test_kernels_without_triton_are_refused_on_a_gpu(monkeypatch):
     monkeypatch.setattr(jit, "triton", None)
-    with pytest.raises(InputError, match="Triton is not installed; .* run.kernels=torch"):
-        take_kernels("triton", torch.device("cuda"))
-    take_kernels("triton", torch.device("cpu"))
-    assert jit.uses_triton(torch.ones(1)) is False
+    refused = pytest.raises(InputError, match="Triton is not installed; .* run.kernels=torch")
+    with refused, using_kernels("triton", torch.device("cuda")):
+        pass
+    with using_kernels("triton", torch.device("cpu")):
+        assert jit.uses_triton(torch.ones(1)) is False

@@ -27,6 +27,7 @@ from distill.cache.writer import RecordWriter
 from distill.data.index import Clip, check_videos, read_list
 from distill.data.load import Quarantine, Task
 from distill.dist import WHOLE, Part
+from distill.engine import pick_device, using_kernels
 from distill.recipe import Recipe
 from distill.teachers import Teacher
 
@@ -123,18 +124,23 @@ def build_cache(
         _check_writable(folder)  # rather than after the means were measured
         # A wrong folder would fill the quarantine.
         check_videos([clips[i] for i in np.flatnonzero(wanted.any(axis=0))], recipe.data.train)
-        teachers = cached_teachers(recipe)
-        if codec is None:
-            first = int(part_of[wanted.any(axis=0)][0])  # it has work, so it loads a teacher
-            codec = _await_means(folder, identity, Part(first, part.count), own=part)
-        if codec is None:
-            sample = sample_clips(listed, seed=section.cache.seed)
-            with progress(f"calibrate {folder}", total=len(sample), unit="clips") as bar:
-                codec = calibrate(recipe, folder, identity, sample, teachers, advance=bar.advance)
-        title = f"cache {folder}" + (f", {part}" if part.count > 1 else "")
-        with progress(title, total=total, unit="views", done=total - int(own.sum())) as bar:
-            identity = with_codec(identity, codec)
-            with closing(_write(recipe, folder, identity, clips, own, teachers, codec)) as batches:
+        with using_kernels(recipe.run.kernels, pick_device()):
+            teachers = cached_teachers(recipe)
+            if codec is None:
+                first = int(part_of[wanted.any(axis=0)][0])  # it has work, so it loads a teacher
+                codec = _await_means(folder, identity, Part(first, part.count), own=part)
+            if codec is None:
+                sample = sample_clips(listed, seed=section.cache.seed)
+                with progress(f"calibrate {folder}", total=len(sample), unit="clips") as bar:
+                    codec = calibrate(
+                        recipe, folder, identity, sample, teachers, advance=bar.advance
+                    )
+            title = f"cache {folder}" + (f", {part}" if part.count > 1 else "")
+            done, identity = total - int(own.sum()), with_codec(identity, codec)
+            with (
+                progress(title, total=total, unit="views", done=done) as bar,
+                closing(_write(recipe, folder, identity, clips, own, teachers, codec)) as batches,
+            ):
                 for count, size_bytes, waited in batches:
                     written += count
                     size = log.size_text(size_bytes)

@@ -11,7 +11,7 @@ from distill.cache.identity import teacher_hash
 from distill.cache.store import Folder
 from distill.data.index import Clip
 from distill.data.load import ClipLoader, Quarantine, Task, View, collate, load_task
-from distill.engine import AUTOCAST, pick_device, take_kernels, to_device
+from distill.engine import AUTOCAST, pick_device, to_device
 from distill.errors import StateError
 from distill.models import build_teacher
 from distill.recipe import MAIN, Recipe, of_teacher, read_views
@@ -24,7 +24,6 @@ def cached_teachers(recipe: Recipe) -> dict[str, Teacher]:
 
     Raises StateError when the main one's weights are not those that the cache is to hold.
     """
-    take_kernels(recipe.run.kernels, pick_device())
     section = recipe.objective
     if section.cache.teacher_hash is not None:
         expected = section.cache.teacher_hash.lower()
