@@ -28,7 +28,7 @@ from benchmarks.kernels.case import (
     compiled,
 )
 from benchmarks.kernels.measure import Work
-from distill.kernels.attention import EPS, attention, attention_reference, pack
+from distill.kernels.attention import EPS, attention, attention_reference, pack, pack_evenly
 
 STOCK = ("compile", "stock")
 GOALS = (
@@ -175,10 +175,29 @@ def padded(shape: Shape, device: torch.device) -> Callable:
     return call
 
 
+def ends_of(shape: Shape, device: torch.device) -> Tensor:
+    return torch.tensor([0, *accumulate(shape.lengths)], dtype=torch.int32, device=device)
+
+
+def one_by_one(shape: Shape) -> Callable:
+    """Norms of all tokens together, then attention of a sequence at a time."""
+
+    def call(qkv: Tensor, q_gain: Tensor, k_gain: Tensor) -> Tensor:
+        found = []
+        groups = (x.split(shape.lengths) for x in normed(qkv, q_gain, k_gain))
+        for parts in zip(*groups, strict=True):
+            q, k, v = (x.unflatten(-1, (shape.heads, -1)).transpose(0, 1)[None] for x in parts)
+            out = F.scaled_dot_product_attention(q, k, v)  # [1,H,m,d]
+            found.append(out[0].transpose(0, 1).flatten(1))
+        return torch.cat(found)
+
+    return call
+
+
 def varlen(shape: Shape, device: torch.device) -> Callable:
     from torch.nn.attention.varlen import varlen_attn  # torch before 2.10 has none
 
-    ends = torch.tensor([0, *accumulate(shape.lengths)], dtype=torch.int32, device=device)
+    ends = ends_of(shape, device)
     longest = max(shape.lengths)
 
     def call(qkv: Tensor, q_gain: Tensor, k_gain: Tensor) -> Tensor:
@@ -213,8 +232,10 @@ def flex(shape: Shape, device: torch.device) -> Callable:
 
 def contenders(shape: Shape, device: torch.device, backend: str) -> list[Contender]:
     """`backend` is torch.compile's."""
-    ends = torch.tensor([0, *accumulate(shape.lengths)], dtype=torch.int32)
-    packing = pack(ends, device=device)
+    if shape.is_even:
+        packing = pack_evenly(len(shape.lengths), shape.lengths[0])
+    else:
+        packing = pack(ends_of(shape, device), device=device)
 
     def ours(qkv: Tensor, q_gain: Tensor, k_gain: Tensor) -> Tensor:
         return attention(qkv, q_gain, k_gain, packing, heads=shape.heads)
@@ -238,7 +259,7 @@ def contenders(shape: Shape, device: torch.device, backend: str) -> list[Contend
             Contender("compiled norms, SDPA cuDNN", "stock", lambda: by_compile(sdpa, cudnn)),
         ]
     else:
-        loop = Contender("eager, a sequence at a time", "eager", lambda: by_torch(reference))
+        loop = Contender("eager, a sequence at a time", "eager", lambda: one_by_one(shape))
         pad = padded(shape, device)
         found = [
             loop,
