@@ -119,7 +119,7 @@ def test_every_way_that_a_cpu_has_is_timed_and_right(name):
 
 
 def test_a_compiled_way_is_right_and_reused_for_every_set():
-    case = TINY["alignment"].case()
+    case = tables(CPU, is_tiny=True, backend="eager")["alignment"].case()
     only = [c for c in case.contenders if c.kind in ("eager", "compile")]
     table, _ = run(replace(case, contenders=only))
     row = next(row for row in table.rows if row.kind == "compile")
@@ -209,15 +209,13 @@ def test_useful_flops_of_attention_are_those_a_counter_finds():
     assert shape.width == 48
 
 
-@pytest.mark.parametrize(
-    ("name", "leaves_out"), [("linear-S", 0), ("patches-S", 0), ("decode-4bit", 0)]
-)
-def test_useful_flops_of_products_are_those_a_counter_finds(name, leaves_out):
+@pytest.mark.parametrize("name", ["linear-S", "patches-S", "decode-4bit"])
+def test_useful_flops_of_products_are_those_a_counter_finds(name):
     case = TINY[name].case()
     eager = case.contenders[0].make()
     inputs = case.make_inputs(0)
     phase = list(case.work)[-1]
-    assert case.work[phase].flops == counted(phase_calls(eager, inputs, phase)) - leaves_out
+    assert case.work[phase].flops == counted(phase_calls(eager, inputs, phase))
 
 
 @pytest.mark.parametrize("size", [ViTSize(48, 2, 3, pooled_width=32), ViTSize(32, 3, 2)])
@@ -284,9 +282,9 @@ def test_full_shapes_are_the_published_ones():
     assert shapes["linear-B"] == f"6 layers x 128 x {TOKENS}, 768 to {TEACHER}, bf16 targets"
     lengths = ragged(128, 205, 617)
     assert (len(lengths), sum(lengths), min(lengths), max(lengths)) == (128, 128 * 411, 205, 617)
-    # What research/performance.md, section 4.1 and 8.1, has by hand.
+    # By hand: three tensors of 0.889 GB, three products, and a published estimate of a step.
     work = FULL["alignment"].case().work[BOTH]
-    assert work.size == pytest.approx(2.67e9, rel=1e-3)
+    assert work.size == pytest.approx(2.67e9, rel=2e-3)
     assert FULL["linear-S"].case().work[BOTH].flops == pytest.approx(1.02e12, rel=5e-3)
     step = FULL["step-B"].case().work[STEP].flops / 128
     assert step == pytest.approx(257e9, rel=0.03)
@@ -369,7 +367,8 @@ def test_a_row_that_took_its_process_down_says_so_and_the_rest_goes_on(tmp_path)
     names = ["alignment", "decode-2bit"]
     assert command.died(tmp_path, names, "took the process down (exit code -11)")
     assert not command.died(tmp_path, names, "again")
-    argv = ["--device", "cpu", "--tiny", "--seconds", "0", "--out", str(tmp_path)]
+    argv = ["--device", "cpu", "--tiny", "--seconds", "0", "--compile", "eager"]
+    argv += ["--out", str(tmp_path)]
     options = command.parse([*argv, "--budget", "300"])
     command.watch(options, argv, ["decode-2bit"], tmp_path)
     found = json.loads(path.read_text())
@@ -396,7 +395,8 @@ def test_a_clock_takes_calls_in_turn():
     assert timing.by == "clock" and timing.ms > 0
 
 
-def test_launches_are_compiled_as_the_product_makes_them():
+def test_launches_are_compiled_as_the_product_makes_them(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     entries = tables(CPU, is_tiny=False, backend="aot_eager", clips=16, tokens=3)
     launches = {one.name: one for one in resources.launches_of(entries["rmsnorm-S"].case())}
     assert set(launches) == {"rmsnorm_fwd", "rmsnorm_bwd"}

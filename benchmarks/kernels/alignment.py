@@ -7,7 +7,7 @@ last linear layer) and the gradients of all its inputs and parameters.
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -60,9 +60,22 @@ def alignment_work(shape: Shape, bits: int | None = None) -> dict[str, Work]:
     size = shape.rows * shape.width
     if bits is None:
         return {BOTH: Work(0.0, size * (2 + 2 + 2))}
-    left = shape.width & -shape.width
     coded = shape.rows * (row_bytes(f"{bits}bit", shape.width) + 2)  # with their scales
-    return {BOTH: Work(2.0 * size * (left + shape.width // left), size * (2 + 2) + coded)}
+    return {BOTH: Work(rotation_flops(shape), size * (2 + 2) + coded)}
+
+
+@cache
+def factors(width: int) -> tuple[int, int]:
+    """Sizes of the rotation's two factors, as codes have them."""
+    none = torch.zeros(1, 1, 1, row_bytes("2bit", width), dtype=torch.uint8)
+    codec = Codec("2bit", means=torch.zeros(1, width))
+    targets = codec.targets(none, torch.zeros(1, 1, 1, dtype=torch.float16))
+    return len(targets.left), len(targets.right)
+
+
+def rotation_flops(shape: Shape) -> float:
+    """Of a product with each factor for every row."""
+    return 2.0 * shape.rows * shape.width * sum(factors(shape.width))
 
 
 def linear_work(shape: Shape, bits: int | None = None) -> dict[str, Work]:

@@ -5,9 +5,7 @@ kernel, argument types and constants, so that what is compiled is what a GPU wou
 """
 
 import math
-import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -190,23 +188,22 @@ def all_launches() -> list[Launch]:
 def resources(launches: list[Launch]) -> tuple[str, list[dict]]:
     """Markdown and figures of each launch for every capability."""
     rows, figures = [], []
-    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, TRITON_CACHE_DIR=folder):
-        for launch in launches:
-            made = {capability: launch.build(capability) for capability in CAPABILITIES}
-            rows.append(resource_row(launch, made))
-            for capability, one in made.items():
-                figures.append(
-                    {
-                        "kernel": launch.name,
-                        "choice": launch.choice,
-                        "capability": capability,
-                        "registers": one.registers,
-                        "spilled_bytes": one.stack_bytes + one.local_bytes,
-                        "shared_bytes": one.shared_bytes,
-                        "matrix_instructions": one.matrix_instructions(),
-                        "blocks_at_once": occupancy(one, launch.warps, capability),
-                    }
-                )
+    for launch in launches:
+        made = {capability: launch.build(capability) for capability in CAPABILITIES}
+        rows.append(resource_row(launch, made))
+        for capability, one in made.items():
+            figures.append(
+                {
+                    "kernel": launch.name,
+                    "choice": launch.choice,
+                    "capability": capability,
+                    "registers": one.registers,
+                    "spilled_bytes": one.stack_bytes + one.local_bytes,
+                    "shared_bytes": one.shared_bytes,
+                    "matrix_instructions": one.matrix_instructions(),
+                    "blocks_at_once": occupancy(one, launch.warps, capability),
+                }
+            )
     heading = ("kernel", "choice", *(f"sm_{capability}" for capability in CAPABILITIES))
     return report.markdown(heading, rows), figures
 

@@ -6,7 +6,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.alignment import Shape, decoded, draw_targets, vectors
+from benchmarks.kernels.alignment import (
+    Shape,
+    decoded,
+    draw_targets,
+    rotation_flops,
+    vectors,
+)
 from benchmarks.kernels.case import (
     BOTH,
     FORWARD,
@@ -139,12 +145,8 @@ def patch_case(
 
 def decode_work(shape: Shape, bits: int) -> dict[str, Work]:
     """Codes and scales in, half precision out, and the two factors' products."""
-    left = shape.width & -shape.width
-    size = shape.rows * shape.width
-    flops = 2.0 * size * (left + shape.width // left)
-    return {
-        FORWARD: Work(flops, shape.rows * (row_bytes(f"{bits}bit", shape.width) + 2) + 2 * size)
-    }
+    coded = shape.rows * (row_bytes(f"{bits}bit", shape.width) + 2)
+    return {FORWARD: Work(rotation_flops(shape), coded + 2 * shape.rows * shape.width)}
 
 
 def decode_case(name: str, shape: Shape, bits: int, device: torch.device, *, backend: str) -> Case:
