@@ -3,7 +3,7 @@
 import copy
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -128,7 +128,8 @@ class Engine:
 
     `model` is the part of the objective whose weights are trained and saved, and `prepare` turns
     a batch as it was read into one that the objective takes. With `optim.ema`, `ema_model` has the
-    average of the weights that every step leaves; it begins with those of the start.
+    average of the weights that every step leaves; it begins with those of the start. `groups` are
+    the optimiser's where they are not those of `param_groups`.
     """
 
     def __init__(
@@ -139,10 +140,11 @@ class Engine:
         optim: recipe.Optim,
         prepare: Callable[[dict], dict],
         device: torch.device,
+        groups: list[dict] | None = None,
     ) -> None:
         self.objective, self.model = objective.to(device), model
         self.prepare, self.optim, self.device = prepare, optim, device
-        groups = param_groups(model, optim)
+        groups = param_groups(model, optim) if groups is None else groups
         self.names = {
             name: parameter
             for group in groups
@@ -165,7 +167,7 @@ class Engine:
         self.poison = torch.ones((), device=device)
         self.unchecked: list[tuple[int, Tensor, Tensor, Tensor]] = []
 
-    def step(self, batch: dict, *, step: int, lr: float) -> dict[str, Tensor]:
+    def step(self, batch: dict, *, step: int, lr: float | Sequence[float]) -> dict[str, Tensor]:
         """Accumulate over micro-batches, clip, update; returns means over the batch's clips.
 
         The results stay on the device: losses by name and `grad_norm`, the norm before clipping,
