@@ -58,6 +58,7 @@ def probe(videos: Path, folder: Path | None = None, **changes) -> schema.Recipe:
         "objective__trainable": "head",
         "optim__layer_decay": 1.0,
         "optim__clip_grad": None,
+        "optim__eps": 1e-3,  # or AdamW makes steps of gradients that are rounding alone
         "optim__micro_batch": None,
         "evaluate": {"clips": 2, "crops": 1},
     }
@@ -82,14 +83,6 @@ MODES = {
 }
 
 
-def assert_near(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    """Tensor by tensor, as AdamW makes much of gradients that are nothing but rounding."""
-    assert one.keys() == other.keys()
-    for name in other:
-        distance = (one[name].float() - other[name].float()).norm()
-        assert distance <= 1e-2 * other[name].float().norm() + 2e-3, name
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_probes_from_features_and_from_videos_are_the_same(videos, tmp_path, mode):
     changes = MODES[mode]
@@ -101,7 +94,8 @@ def test_probes_from_features_and_from_videos_are_the_same(videos, tmp_path, mod
     ]
     assert len(curves[0]) == 4
     assert_close(*curves, **HALF)
-    assert_near(*(load_file(tmp_path / name / "model.safetensors") for name in ("cached", "live")))
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("cached", "live"))
+    assert_close(one, other, **HALF)
     one, other = (load_file(tmp_path / name / "scores.safetensors") for name in ("cached", "live"))
     assert_close(one["logits"], other["logits"], **HALF)
     assert cached["evaluation"]["num_clips"] == live["evaluation"]["num_clips"] == TEST_CLIPS
@@ -308,7 +302,7 @@ def test_a_sweep_ends_with_the_weights_of_separate_runs(videos, tmp_path, change
     last = latest_checkpoint(tmp_path / "sweep" / "checkpoints")
     found = load_checkpoint(last).weights
     live = load_checkpoint(latest_checkpoint(tmp_path / "live" / "checkpoints")).weights
-    assert_near(found, live)
+    assert_close(found, live, **HALF)
     lines = [line for line in metrics(tmp_path / "sweep") if "loss" in line]
     for number, lr, decay in ((0, 1e-2, 0.0), (3, 3e-2, 0.5)):
         alone = probe(videos, folder, optim__lr=lr, optim__weight_decay=decay, **changes)
