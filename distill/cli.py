@@ -1,8 +1,9 @@
 """The command line. What a command needs is imported inside it, so that --help is quick."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import rich
 import typer
@@ -14,7 +15,6 @@ from distill.shell import (
     clean_exit,
     configure_log,
     load_inputs,
-    missing_of,
     one_stage,
     print_plain,
     recipe_of_cache,
@@ -22,6 +22,9 @@ from distill.shell import (
     resolved_stage,
     say,
 )
+
+if TYPE_CHECKING:
+    from distill.recipe import Recipe, Students, Study
 
 app = typer.Typer(
     help=(
@@ -71,23 +74,35 @@ def train(recipe: RecipeArgument = None, overrides: OverridesArgument = None) ->
     missing. Everything is written to run.folder. Ctrl-C saves and exits.
     """
     with clean_exit():
-        loaded = load_inputs("train", recipe, overrides)
-        from distill.recipe import Students, Study
-        from distill.study import results_table, run_students, run_study, table_rows
-        from distill.train import train as train_recipe
+        from distill.dist import joined, use_own_gpu
 
-        rows = []
-        if isinstance(loaded, Study):
-            rows = run_study(loaded)["rows"]
-        elif isinstance(loaded, Students):
-            for name, summary in run_students(loaded)["students"].items():
-                loss = f", loss {summary['last']['loss']:.4f}" if summary["last"] else ""
-                say(f"{name}: {summary['steps']:,} steps{loss}: {summary['weights']}")
-        else:
-            rows = table_rows({loaded.name: train_recipe(loaded, Path(loaded.run.folder))})
-        if rows:
-            rich.print(results_table(rows, title=loaded.name))
-        say(f"{loaded.run.folder}: done; summary.json holds the results")
+        with joined() as part:
+            if part.count > 1:
+                use_own_gpu()
+                rich.reconfigure(force_terminal=False)  # several bars cannot share a screen
+            for line in _trained(load_inputs("train", recipe, overrides)):
+                if part.index == 0:
+                    rich.print(line) if isinstance(line, Table) else say(line)
+
+
+def _trained(loaded: "Recipe | Study | Students") -> Iterator[str | Table]:
+    """Train, and give what there is to say of it."""
+    from distill.recipe import Students, Study
+    from distill.study import results_table, run_students, run_study, table_rows
+    from distill.train import train as train_recipe
+
+    rows = []
+    if isinstance(loaded, Study):
+        rows = run_study(loaded)["rows"]
+    elif isinstance(loaded, Students):
+        for name, summary in run_students(loaded)["students"].items():
+            loss = f", loss {summary['last']['loss']:.4f}" if summary["last"] else ""
+            yield f"{name}: {summary['steps']:,} steps{loss}: {summary['weights']}"
+    else:
+        rows = table_rows({loaded.name: train_recipe(loaded, Path(loaded.run.folder))})
+    if rows:
+        yield results_table(rows, title=loaded.name)
+    yield f"{loaded.run.folder}: done; summary.json holds the results"
 
 
 @app.command()
@@ -249,8 +264,8 @@ def plan(
 ) -> None:
     """Say what a recipe will take before anything runs.
 
-    Parameters, steps, learning rate, FLOPs, bytes, memory and hours, and which of its inputs are
-    missing. Needs neither the videos nor the weights.
+    Parameters, steps, learning rate, FLOPs, bytes, memory and hours. Needs neither the videos nor
+    the weights.
     """
     with clean_exit():
         loaded = load_inputs("plan", recipe, overrides)
@@ -270,11 +285,7 @@ def plan(
             for name, stage in recipes_of(loaded).items()
         }
         tables = [(made.name, plan_rows(made)) for made in plans.values()]
-        missing = {
-            name: missing_of(loaded, name, stage, verb="train")
-            for name, stage in recipes_of(loaded).items()
-        }
-        whole = {name: {**asdict(made), "missing": missing[name]} for name, made in plans.items()}
+        whole = {name: asdict(made) for name, made in plans.items()}
         if isinstance(loaded, Students):
             together = plan_together(loaded.name, plans)
             tables.append((f"{loaded.name}, together", together_rows(together)))
@@ -287,9 +298,6 @@ def plan(
             for row in rows:
                 table.add_row(*row)
             rich.print(table)
-        lines = dict.fromkeys(line for part in missing.values() for line in part)
-        if lines:
-            print_plain("\n  ".join(["missing before it can train:", *lines]))
 
 
 @cache_app.command("inspect")

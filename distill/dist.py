@@ -6,12 +6,13 @@ end, `joined` makes the processes of a torchrun known to each other.
 
 import os
 import re
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from distill.errors import InputError, StateError
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import Work
 
+SequenceT = TypeVar("SequenceT", bound=Sequence)
+
+FIRST_PAUSE_SECONDS = 2e-5
 POLL_SECONDS = 0.05
 PATIENCE = timedelta(days=7)  # for the slowest process; one that ends is noticed at once
 GRACE_SECONDS = 10.0  # for torchrun to stop the others of one that has failed
@@ -33,6 +37,19 @@ class Part:
 
     def __str__(self) -> str:
         return f"part {self.index + 1} of {self.count}"
+
+    def name(self, file: str) -> str:
+        """A file's name for this part: the first one's as it is, the others with their number."""
+        stem, suffix = file.split(".", 1)
+        return f"{stem}-{self.index}.{suffix}" if self.index else file
+
+    def share(self, items: SequenceT) -> tuple[SequenceT, bool]:
+        """This part's run of neighbours, and False; the first item, and True, where none is left.
+
+        Shares of all parts, one behind the other, are the items; none differ by more than one.
+        """
+        first, last = (len(items) * index // self.count for index in (self.index, self.index + 1))
+        return (items[first:last], False) if first < last else (items[:1], True)
 
 
 WHOLE = Part()
@@ -81,7 +98,7 @@ def use_own_gpu(environment: Mapping[str, str] = os.environ) -> None:
 
 @contextmanager
 def joined() -> Iterator[Part]:
-    """Let the processes of a torchrun hear of each other in the block (gloo, so on any machine).
+    """Let the processes of a torchrun hear of each other in the block (on any machine).
 
     Gives each its part; alone a process is the whole, and nothing happens.
     """
@@ -89,9 +106,12 @@ def joined() -> Iterator[Part]:
     if part == WHOLE:
         yield part
         return
+    import torch
     from torch import distributed
 
-    distributed.init_process_group("gloo", timeout=PATIENCE)
+    has_gpu = torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
+    distributed.init_process_group(backend, timeout=PATIENCE)
     try:
         yield part
     finally:
@@ -100,6 +120,8 @@ def joined() -> Iterator[Part]:
 
 def joined_part() -> Part:
     """This process's part among those that have joined, the whole where none have."""
+    if "torch" not in sys.modules:  # which takes a second to import
+        return WHOLE
     from torch import distributed
 
     if not distributed.is_initialized():
@@ -143,6 +165,36 @@ def broadcast(data: bytes) -> bytes:
     return buffer.numpy().tobytes()
 
 
+def exchange(*numbers: int) -> list[tuple[int, ...]]:
+    """Every joined process's whole numbers, in the order of ranks; as many from each.
+
+    Between the hosts: a GPU's work goes on meanwhile. Raises StateError if another process is gone.
+    """
+    if joined_part() == WHOLE:
+        return [numbers]
+    import torch
+    from torch import distributed
+
+    told = torch.empty(joined_part().count, len(numbers), dtype=torch.int64)
+    own = torch.tensor(numbers, dtype=torch.int64)
+    _finish(distributed.all_gather_into_tensor(told.view(-1), own, async_op=True))
+    return [tuple(row) for row in told.tolist()]
+
+
+def everyones(numbers: Sequence[int]) -> list[int]:
+    """Whole numbers of all joined processes, one's behind the other's; any number from each."""
+    counts = [count for (count,) in exchange(len(numbers))]
+    if len(counts) == 1:
+        return list(numbers)
+    padded = exchange(*numbers, *[0] * (max(counts) - len(numbers)))
+    return [number for row, count in zip(padded, counts, strict=True) for number in row[:count]]
+
+
+def wait_for_all() -> None:
+    """Go on when every joined process has come here."""
+    exchange(0)
+
+
 def _as_tensor(data: bytes) -> "Tensor":
     import torch
 
@@ -154,8 +206,10 @@ def _finish(work: "Work") -> None:
 
     For collectives: gloo's sends and receives tell only to a blocking wait that they are done.
     """
+    pause = FIRST_PAUSE_SECONDS
     while not work.is_completed():
-        time.sleep(POLL_SECONDS)
+        time.sleep(pause)
+        pause = min(2 * pause, POLL_SECONDS)
     with _named_loss():
         work.wait()
 

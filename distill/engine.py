@@ -1,17 +1,22 @@
-"""One optimiser step on one device, in plain torch. The training loop knows only this interface."""
+"""Optimiser steps in plain torch, on one device or on one for each process that has joined.
+
+The training loop knows only this interface.
+"""
 
 import copy
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from distill import draw, recipe
+from distill.dist import everyones, joined_part
 from distill.errors import InputError, StateError
 from distill.kernels import jit
 from distill.optim import param_groups, set_lr
@@ -126,10 +131,11 @@ def average_weights(average: nn.Module, model: nn.Module, *, decay: float) -> No
 class Engine:
     """Runs optimiser steps on `objective` and holds what they change.
 
+    Where processes have joined, each has its share of a batch and ends a step with the same
+    weights as the others, which one process with the whole batch would have within rounding.
     `model` is the part of the objective whose weights are trained and saved, and `prepare` turns
     a batch as it was read into one that the objective takes. With `optim.ema`, `ema_model` has the
-    average of the weights that every step leaves; it begins with those of the start. `groups` are
-    the optimiser's where they are not those of `param_groups`.
+    average of the weights that every step leaves; it begins with those of the start.
     """
 
     def __init__(
@@ -140,11 +146,15 @@ class Engine:
         optim: recipe.Optim,
         prepare: Callable[[dict], dict],
         device: torch.device,
-        groups: list[dict] | None = None,
     ) -> None:
         self.objective, self.model = objective.to(device), model
         self.prepare, self.optim, self.device = prepare, optim, device
-        groups = param_groups(model, optim) if groups is None else groups
+        self.num_ranks = joined_part().count
+        if self.num_ranks > 1:
+            self.objective = DistributedDataParallel(
+                objective, device_ids=None if device.index is None else [device.index]
+            )
+        groups = param_groups(model, optim)
         self.names = {
             name: parameter
             for group in groups
@@ -167,8 +177,8 @@ class Engine:
         self.poison = torch.ones((), device=device)
         self.unchecked: list[tuple[int, Tensor, Tensor, Tensor]] = []
 
-    def step(self, batch: dict, *, step: int, lr: float | Sequence[float]) -> dict[str, Tensor]:
-        """Accumulate over micro-batches, clip, update; returns means over the batch's clips.
+    def step(self, batch: dict, *, step: int, lr: float) -> dict[str, Tensor]:
+        """Accumulate over micro-batches, clip, update; returns means over all the batch's clips.
 
         The results stay on the device: losses by name and `grad_norm`, the norm before clipping,
         in float32. Micro-batches count by their clips, so that they equal one large batch.
@@ -179,15 +189,22 @@ class Engine:
         """
         set_lr(self.adamw.param_groups, lr)
         losses: dict[str, Tensor] = {}
-        num_clips = len(batch["clip_id"])
-        for piece in split_batch(batch, self.optim.micro_batch):
-            weight = len(piece["clip_id"]) / num_clips
+        num_clips = batch.get("num_clips", len(batch["clip_id"]))  # of all processes
+        pieces = split_batch(batch, self.optim.micro_batch)
+        for number, piece in enumerate(pieces, 1):
+            # A process that no clip was left for goes along with one that counts for nothing.
+            weight = 0.0 if batch.get("is_spare") else len(piece["clip_id"]) / num_clips
             inputs = self.prepare(to_device(piece, self.device))
-            with autocast(self.device, self.optim.precision):
-                outputs = self.objective(inputs)
-            self.scaler.scale(outputs["loss"] * weight * self.poison).backward()
+            with self._in_step(is_last=number == len(pieces)):
+                with autocast(self.device, self.optim.precision):
+                    outputs = self.objective(inputs)
+                # Gradients are averaged over the processes, but their clips add up.
+                loss = outputs["loss"] * (weight * self.num_ranks) * self.poison
+                self.scaler.scale(loss).backward()
             for name, value in outputs.items():
                 losses[name] = losses.get(name, 0.0) + value.detach().float() * weight
+        if self.num_ranks > 1:
+            losses = _add_up(losses)
 
         self.scaler.unscale_(self.adamw)
         grads = [parameter.grad for parameter in self.names.values() if parameter.grad is not None]
@@ -205,6 +222,13 @@ class Engine:
         if self.device.type == "cpu":
             self.check()
         return losses
+
+    @contextmanager
+    def _in_step(self, *, is_last: bool) -> Iterator[None]:
+        """Gradients are exchanged in the last backward of a step alone."""
+        is_silent = self.num_ranks > 1 and not is_last
+        with self.objective.no_sync() if is_silent else nullcontext():
+            yield
 
     def _update(self) -> None:
         if self.scaler.is_enabled():
@@ -229,7 +253,8 @@ class Engine:
             return
         for step, clip_ids, loss, norm in unchecked:
             if not (loss.isfinite() and (norm.isfinite() or self.scaler.is_enabled())):
-                raise NonFiniteError(step, clip_ids.tolist(), loss=loss.item(), norm=norm.item())
+                clips = everyones(clip_ids.tolist())
+                raise NonFiniteError(step, clips, loss=loss.item(), norm=norm.item())
 
     def weights(self) -> dict[str, Tensor]:
         """The model's parameters and buffers by name."""
@@ -269,6 +294,13 @@ class Engine:
             self.adamw.state[self.names[name]][field] = value.to(self.device)
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(dict(scaler))
+
+
+def _add_up(losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sums over all processes, in one exchange, which the host does not wait for on a GPU."""
+    total = torch.stack(list(losses.values()))
+    distributed.all_reduce(total)
+    return dict(zip(losses, total, strict=True))
 
 
 class NonFiniteError(StateError):

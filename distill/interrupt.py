@@ -4,6 +4,8 @@ import signal
 import threading
 from types import FrameType
 
+from distill.dist import joined_part
+
 
 class Interrupted(SystemExit):
     """SIGINT or SIGTERM came and the run was saved; the exit code is 128 plus the signal."""
@@ -30,7 +32,13 @@ class StopRequest:
         self.signum = signum
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def check(self) -> None:
-        """Raise Interrupted if a signal came."""
-        if self.signum:
-            raise Interrupted(128 + self.signum)
+    def check(self, signum: int | None = None) -> None:
+        """Raise Interrupted if a signal came here, or at another process that told its `signum`."""
+        signum = self.signum if signum is None else signum
+        if signum:
+            raise Interrupted(128 + signum)
+
+    def check_alone(self) -> None:
+        """As `check`, unless others take part: they would wait for the process that stops."""
+        if joined_part().count == 1:
+            self.check()

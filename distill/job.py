@@ -1,8 +1,8 @@
 """From a recipe to what a training loop needs: everything a run reads is opened here."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,15 +17,13 @@ from distill.cache.live import other_teachers, tuned_teachers
 from distill.cache.read import Cache, CachedBatches
 from distill.data.index import check_videos, read_list
 from distill.data.load import ClipBatches, Quarantine
+from distill.dist import exchange, joined_part, wait_for_all
 from distill.errors import StateError
-from distill.evaluate import Share, labelled_clips
-from distill.features import FeatureInputs, evaluation_shelf, open_features, training_shelf
+from distill.evaluate import labelled_clips
 from distill.mask import make_redraw
 from distill.mixing import augmented_inputs
 from distill.models import build_classifier, build_student, load_recipe_weights
 from distill.objective import ClassifyObjective, DistillObjective
-from distill.probe import ProbeSweep
-from distill.probe_scores import score_features
 from distill.students.vit import VideoViT
 from distill.targets import CachedTargets, LiveTargets
 
@@ -36,8 +34,7 @@ logger = logging.getLogger(__name__)
 class Job:
     """What the loop trains on. `prepare` turns a batch as read into one the objective takes.
 
-    Without epochs to train for, `batches` is None. `scorers` are, by list, clips and crops, what
-    scores the views of an evaluation where that is not `score_views`.
+    Without epochs to train for, `batches` is None.
     """
 
     model: VideoViT
@@ -46,12 +43,6 @@ class Job:
     prepare: Callable[[dict], dict]
     clip_names: Callable[[Sequence[int]], list[str]]
     quarantine: Quarantine | None
-    scorers: Mapping[tuple[str, int, int], Callable[..., Share]] = field(default_factory=dict)
-
-    @property
-    def sweep(self) -> ProbeSweep | None:
-        """The probes of many settings that are trained in the model's place."""
-        return self.objective.sweep if isinstance(self.objective, ClassifyObjective) else None
 
 
 def build_job(
@@ -70,7 +61,7 @@ def build_job(
             quarantine = batches.live and batches.live.quarantine
         else:
             cache = cache or open_cache(recipe)
-            batches = CachedBatches(cache, batch_size=batch_size, seed=seed)
+            batches = CachedBatches(cache, batch_size=batch_size, seed=seed, part=joined_part())
             names = cache.clip_names
         student = with_weights(build_student(recipe), recipe)
         loss = DistillObjective(student, objective, seed=seed)
@@ -82,12 +73,13 @@ def build_job(
         model = with_weights(build_classifier(recipe), recipe)
         loss = ClassifyObjective(model, objective, seed=seed)
         return Job(model, loss, None, _as_read, lambda ids: [], None)
-    if not is_live and objective.features is not None:
-        return _build_features_job(recipe, device=device)
     clips = read_list(recipe.data.train, seed=seed) if is_live else labelled_clips(recipe, "train")
     check_videos(clips, recipe.data.train)
+    part = joined_part()
     quarantine = Quarantine(
-        folder / "quarantine.jsonl", total=len(clips), max_share=recipe.data.max_quarantined
+        folder / part.name("quarantine.jsonl"),
+        total=-(-len(clips) // part.count),
+        max_share=recipe.data.max_quarantined,
     )
     names = {clip.id: clip.name for clip in clips}
     cache = objective.cache if is_live else None  # live views and masks are those it would hold
@@ -101,6 +93,7 @@ def build_job(
         quarantine=quarantine,
         views_seed=views_seed,
         mixing=None if is_live else objective.mixing,
+        part=part,
     )
     if is_live:
         model = with_weights(build_student(recipe), recipe)
@@ -126,24 +119,6 @@ def build_job(
     )
 
 
-def _build_features_job(recipe: schema.Recipe, *, device: torch.device) -> Job:
-    """A probe's job whose frozen backbone looks at each view once, now."""
-    model = with_weights(build_classifier(recipe), recipe)
-    loss = ClassifyObjective(model, recipe.objective, seed=recipe.run.seed)
-    clips = labelled_clips(recipe, "train")
-    cache, quarantine = open_features(recipe, model, training_shelf(recipe), clips, device=device)
-    scorers = {}
-    for key in evaluation_views(recipe):
-        shelf = evaluation_shelf(recipe, key[0], num_clips=key[1], num_crops=key[2])
-        listed = labelled_clips(recipe, key[0])
-        found, left_out = open_features(recipe, model, shelf, listed, device=device)
-        reasons = {entry["id"]: entry["reason"] for entry in left_out.entries}
-        scorers[key] = partial(score_features, found, reasons)
-    batches = CachedBatches(cache, batch_size=recipe.optim.batch_size, seed=recipe.run.seed)
-    prepare = FeatureInputs(clips, device=device)
-    return Job(model, loss, batches, prepare, cache.clip_names, quarantine, scorers)
-
-
 def _as_read(batch: dict) -> dict:
     return batch
 
@@ -153,11 +128,16 @@ def open_cache(recipe: schema.Recipe) -> Cache:
     folder = recipe.objective.cache.folder
     identity = cache_identity(recipe)  # once: it may take reading all of a teacher's file
     try:
-        return Cache.open(folder, recipe, identity=identity)
+        cache = Cache.open(folder, recipe, identity=identity)
     except StateError:
         if recipe.data.train.list is None:
             raise  # there are no videos to make the missing records from
-    build_cache(recipe, identity=identity)
+        cache = None
+    # Before any of the processes begins to write, so that all of them decide alike.
+    if all(is_whole for (is_whole,) in exchange(cache is not None)):
+        return cache
+    build_cache(recipe, identity=identity, part=joined_part())
+    wait_for_all()
     return Cache.open(folder, recipe, identity=identity)
 
 
@@ -174,21 +154,11 @@ def check_evaluation(recipe: schema.Recipe) -> None:
     """Raise InputError now for what would stop an evaluation after hours of training."""
     if not isinstance(recipe.objective, schema.Classify):
         return
-    has_features = recipe.objective.features is not None and recipe.optim.epochs > 0
-    for split, _, _ in evaluation_views(recipe):
-        clips = labelled_clips(recipe, split)
-        if not has_features:  # which look for the videos of missing ones alone
-            check_videos(clips, getattr(recipe.data, split))
-
-
-def evaluation_views(recipe: schema.Recipe) -> list[tuple[str, int, int]]:
-    """Lists that a classifier's run evaluates it on, each with its clips and crops."""
-    section, found = recipe.evaluate, []
-    if recipe.data.val is not None and recipe.optim.epochs and section.every_epochs:
-        found.append(("val", 1, 1))
+    if recipe.data.val is not None and recipe.optim.epochs and recipe.evaluate.every_epochs:
+        check_videos(labelled_clips(recipe, "val"), recipe.data.val)
     if has_evaluation(recipe):
-        found.append((section.split, section.clips, section.crops))
-    return list(dict.fromkeys(found))
+        split = recipe.evaluate.split
+        check_videos(labelled_clips(recipe, split), getattr(recipe.data, split))
 
 
 def has_evaluation(recipe: schema.Recipe) -> bool:

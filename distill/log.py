@@ -54,6 +54,19 @@ class Bar:
         self._display.update(self._task, note=text)
 
 
+class SilentBar(Bar):
+    """What counts for nobody to see."""
+
+    def __init__(self) -> None:
+        """Nothing to show."""
+
+    def advance(self, count: int = 1) -> None:
+        """Do nothing."""
+
+    def note(self, text: str) -> None:
+        """Do nothing."""
+
+
 class LineBar(Bar):
     """The same where nothing can be redrawn (a pipe, a log file): a line now and then."""
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -104,8 +104,7 @@ def make_schedule(optim: recipe.Optim, *, steps_per_epoch: int) -> Schedule:
     )
 
 
-def set_lr(groups: Iterable[dict], lr: float | Sequence[float]) -> None:
-    """Give every group its share of the step's learning rate, or of that of its `setting`."""
+def set_lr(groups: Iterable[dict], lr: float) -> None:
+    """Give every group its share of the step's learning rate."""
     for group in groups:
-        own = lr if isinstance(lr, float) else lr[group["setting"]]
-        group["lr"] = own * group["lr_scale"]
+        group["lr"] = lr * group["lr_scale"]

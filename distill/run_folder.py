@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from distill.checkpoint import latest_checkpoint, write_text
+from distill.dist import joined_part, wait_for_all
 from distill.errors import StateError
 from distill.recipe import Recipe
 from distill.recipe_file import differences, dump_recipe, load_recipe
@@ -16,8 +17,14 @@ RECIPE = "recipe.yaml"
 
 @contextmanager
 def hold_folder(folder: Path) -> Iterator[None]:
-    """Keep other processes from training in the folder; StateError when one does already."""
+    """Keep other jobs from training in the folder; StateError when one does already.
+
+    The first of the processes that have joined holds it for all.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    if joined_part().index:
+        yield
+        return
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -45,5 +52,7 @@ def claim_folder(folder: Path, recipe: Recipe) -> Iterator[None]:
                     f"{folder}: was started with other settings ({'; '.join(changed)}); put them "
                     "back, or set run.folder to start another run"
                 )
-        write_text(path, dump_recipe(recipe))
+        if joined_part().index == 0:
+            write_text(path, dump_recipe(recipe))
+        wait_for_all()  # nobody looks for checkpoints in a folder that is refused
         yield

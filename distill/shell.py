@@ -10,6 +10,7 @@ import rich
 import typer
 from rich.console import Console
 
+from distill.dist import joined_part, wait_for_all
 from distill.errors import InputError, StateError
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ def load_inputs(
     stage: str | None = None,
 ) -> "Recipe | Study | Students":
     """The recipe, once all that `verb` will read is there; raises InputError otherwise."""
+    from distill.recipe import Students
+    from distill.recipe_check import missing_inputs
     from distill.recipe_file import load_recipe, shipped_recipes
 
     if name is None:
@@ -41,37 +44,27 @@ def load_inputs(
     stages = recipes_of(loaded, with_cache=verb == "cache-teacher")
     if verb == "evaluate":
         stages = {stage: one_stage(loaded, stage)}
-    for toy in [one for one in stages.values() if verb == "train" and one.run.toy]:
+    is_first = joined_part().index == 0  # who makes what is missing; the others wait for it
+    for toy in [one for one in stages.values() if verb == "train" and one.run.toy and is_first]:
         from distill.toy import make_toy_weights
 
         make_toy_weights(toy)
+    wait_for_all()
+    kind = "student" if isinstance(loaded, Students) else "stage"
     lines = [
         f"{name}: {line}"
         for part, one in stages.items()
-        for line in missing_of(loaded, part, one, verb=verb)
+        for line in missing_inputs(one, verb, **{kind: part})
     ]
     if lines:
         raise InputError("\n".join(dict.fromkeys(lines)))  # students miss the same list
-    for demo in dict.fromkeys(one.data.demo for one in stages.values() if one.data.demo):
+    demos = dict.fromkeys(one.data.demo for one in stages.values() if one.data.demo and is_first)
+    for demo in demos:
         from distill.data.demo import make_demo
 
         make_demo(demo)
+    wait_for_all()
     return loaded
-
-
-def missing_of(
-    loaded: "Recipe | Study | Students",
-    part: str | None,
-    recipe: "Recipe",
-    *,
-    verb: Literal["train", "cache-teacher", "evaluate"],
-) -> list[str]:
-    """What `verb` would read of a stage or student of a recipe and is not there, line by line."""
-    from distill.recipe import Students
-    from distill.recipe_check import missing_inputs
-
-    kind = "student" if isinstance(loaded, Students) else "stage"
-    return missing_inputs(recipe, verb, **{kind: part})
 
 
 def recipe_of_cache(

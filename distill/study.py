@@ -8,7 +8,8 @@ from typing import Any
 from rich.table import Table
 
 from distill.checkpoint import latest_checkpoint, write_json
-from distill.errors import StateError
+from distill.dist import joined_part
+from distill.errors import InputError, StateError
 from distill.recipe import Distill, Recipe, Students, Study, Weights
 from distill.recipe_check import STAGE
 from distill.run_folder import SUMMARY, hold_folder
@@ -31,15 +32,21 @@ def run_study(study: Study) -> dict[str, Any]:
             _note_weights(recipe, study)
             summaries[name] = train(resolve_stages(recipe, study), Path(recipe.run.folder))
         summary = {"name": study.name, "rows": table_rows(summaries, study), "stages": summaries}
-        write_json(folder / SUMMARY, summary)
+        if joined_part().index == 0:
+            write_json(folder / SUMMARY, summary)
     return summary
 
 
 def run_students(students: Students) -> dict[str, Any]:
     """Train the students together, each in a folder below theirs, and write summary.json there.
 
-    Raises what `train` raises.
+    Raises what `train` raises, and InputError where processes have joined.
     """
+    if joined_part().count > 1:
+        raise InputError(
+            f"{students.name}: students learn together in one process; without torchrun, or train "
+            f"each by its own recipe: {', '.join(students.students)}"
+        )
     folder = Path(students.run.folder)
     recipes = list(students.students.values())
     with hold_folder(folder):
@@ -68,7 +75,7 @@ def _note_weights(recipe: Recipe, study: Study) -> None:
                     f"{place}: began from {study.stages[stage].run.folder}, which has been trained "
                     f"anew since; delete {place} to train it again"
                 )
-    elif hashes:
+    elif hashes and joined_part().index == 0:
         place.mkdir(parents=True, exist_ok=True)
         write_json(note, hashes)
 

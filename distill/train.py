@@ -1,7 +1,8 @@
 """The training loop: distilling, finetuning, probing and training from scratch are one loop.
 
 What differs is the job: where batches come from, what prepares them, and the objective. Students
-that learn together are several jobs, to which the loop hands the same batches.
+that learn together are several jobs, to which the loop hands the same batches. Processes that
+have joined each run the loop on their share of every batch; the first one does all the writing.
 """
 
 import json
@@ -34,6 +35,7 @@ from distill.checkpoint import (
     write_tensors,
 )
 from distill.data.load import ClipBatches
+from distill.dist import exchange, joined_part, wait_for_all
 from distill.engine import (
     Engine,
     NonFiniteError,
@@ -44,7 +46,7 @@ from distill.engine import (
     using_kernels,
 )
 from distill.errors import StateError
-from distill.evaluate import evaluate, score_views
+from distill.evaluate import evaluate
 from distill.interrupt import Interrupted, StopRequest
 from distill.job import (
     Job,
@@ -54,8 +56,7 @@ from distill.job import (
     has_evaluation,
     open_cache,
 )
-from distill.probe import make_schedules, sweep_summary, update_records
-from distill.probe_scores import evaluate_settings
+from distill.optim import make_schedule
 from distill.run_folder import SUMMARY, claim_folder
 
 SHOWN_CLIPS = 4  # of a step's clips in a message; all of them go to a file
@@ -67,8 +68,7 @@ logger = logging.getLogger(__name__)
 class Position:
     """Where a run stands: steps done in all and in this epoch, the last and the best values.
 
-    Of clips that a hybrid run has `read`, `cached` came from the cache. `sweep` says how each
-    setting of a sweep does.
+    Of clips that a hybrid run has `read`, `cached` came from the cache.
     """
 
     epoch: int = 0
@@ -79,7 +79,6 @@ class Position:
     cached: int = 0
     last: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
-    sweep: list[dict[str, float]] = field(default_factory=list)
 
 
 def train(recipe: schema.Recipe, folder: str | Path) -> dict:
@@ -112,6 +111,7 @@ def train_together(recipes: Sequence[schema.Recipe], folders: Sequence[Path]) ->
         ]
         if left:
             train_unfinished(left)
+        wait_for_all()  # for the summaries
         return [json.loads((folder / SUMMARY).read_text(encoding="utf-8")) for folder in folders]
 
 
@@ -128,7 +128,7 @@ def train_unfinished(left: Sequence[tuple[schema.Recipe, Path]]) -> None:
         size = math.lcm(*(recipe.optim.batch_size for recipe, _ in left))
         stream = jobs[0].batches
         if cache is not None:
-            stream = CachedBatches(cache, batch_size=size, seed=seed)
+            stream = CachedBatches(cache, batch_size=size, seed=seed, part=joined_part())
         with StopRequest() as stop:
             positions, averages = [Position()], [None]  # of weights that are only evaluated
             if stream is not None:
@@ -201,19 +201,12 @@ class Run:
         self.recipe, self.job, self.folder = recipe, job, folder
         self.stream, self.device, self.stop = stream, device, stop
         self.checkpoints = folder / "checkpoints"
-        self.sweep, steps = job.sweep, job.batches.steps_per_epoch
-        settings = self.sweep.settings if self.sweep else ()
-        self.schedules = make_schedules(recipe.optim, settings, steps_per_epoch=steps)
-        self.num_steps = self.schedules[0].num_steps
+        self.schedule = make_schedule(recipe.optim, steps_per_epoch=job.batches.steps_per_epoch)
         self.engine = Engine(
-            job.objective,
-            self.sweep.parts if self.sweep else job.model,
-            optim=recipe.optim,
-            prepare=job.prepare,
-            device=device,
-            groups=self.sweep and self.sweep.param_groups(recipe.optim),
+            job.objective, job.model, optim=recipe.optim, prepare=job.prepare, device=device
         )
         self.at = self.resume()
+        self.is_first = joined_part().index == 0
         self.meter = log.Meter(stream.wait_seconds)
         self.saved_at = time.monotonic()
 
@@ -243,11 +236,15 @@ class Run:
     @contextmanager
     def shown(self) -> Iterator[None]:
         """Log its steps and show how far it is while the block runs."""
+        if not self.is_first:
+            self.log, self.bar = None, log.SilentBar()
+            yield
+            return
         with (
             closing(log.RunLog(self.folder, step=self.at.step)) as self.log,
             log.progress(
                 f"train {self.recipe.name}",
-                total=self.num_steps,
+                total=self.schedule.num_steps,
                 unit="steps",
                 done=self.at.step,
             ) as self.bar,
@@ -268,19 +265,22 @@ class Run:
     def step(self, batch: dict) -> None:
         """One optimiser step, and what is due after it."""
         at, run = self.at, self.recipe.run
-        lrs = [schedule.lr_at(at.step) for schedule in self.schedules]
-        losses = self.engine.step(batch, step=at.step + 1, lr=lrs if self.sweep else lrs[0])
+        lr = self.schedule.lr_at(at.step)
+        own = 0 if batch.get("is_spare") else len(batch["clip_id"])
+        batch["num_clips"] = sum(clips for (clips,) in exchange(own))
+        losses = self.engine.step(batch, step=at.step + 1, lr=lr)
         at.step += 1
         at.step_in_epoch += 1
         self.bar.advance()
-        self.meter.clips += len(batch["clip_id"])
+        self.meter.clips += batch["num_clips"]
         if "is_cached" in batch:
             self.count_hits(batch["is_cached"])
-        if at.step % run.log_steps == 0 or at.step == self.num_steps:
-            self.log_step(losses, lr=max(lrs))
-        if time.monotonic() - self.saved_at > 60 * run.save_minutes:
+        if at.step % run.log_steps == 0 or at.step == self.schedule.num_steps:
+            self.log_step(losses, lr=lr)
+        told = exchange(self.stop.signum, time.monotonic() - self.saved_at > 60 * run.save_minutes)
+        if told[0][1]:  # the first process's clock counts
             self.save()
-        self.stop.check()
+        self.stop.check(max(signum for signum, _ in told))
 
     def count_hits(self, is_cached: torch.Tensor) -> None:
         """Count the clips [B] of a hybrid run's batch that came from the cache."""
@@ -295,6 +295,8 @@ class Run:
         at = self.at
         at.last = {name: value.item() for name, value in losses.items()}
         rates = self.meter.read(self.stream.wait_seconds)
+        if not self.is_first:
+            return
         self.log.write(at.step, {"epoch": at.epoch, "lr": lr, **at.last, **rates})
         hits = f"  cached {rates['hit_rate']:.0%}" if "hit_rate" in rates else ""
         self.bar.note(
@@ -308,40 +310,21 @@ class Run:
         is_best = False
         is_classifier = isinstance(self.recipe.objective, schema.Classify)
         if is_classifier and self.recipe.data.val and every and (at.epoch + 1) % every == 0:
-            result = self.check_settings() if self.sweep else self.check_on_val(self.job.model, "")
+            result = self.check_on_val(self.job.model, "")
             scores = {f"val/{name}": result[name] for name in ("top1", "top5")}
             if self.engine.ema_model is not None:
                 averaged = self.check_on_val(self.engine.ema_model, " with averaged weights")
                 scores |= {f"val/ema_{name}": averaged[name] for name in ("top1", "top5")}
-            self.log.write(at.step, {"epoch": at.epoch, **scores})
+            if self.is_first:
+                self.log.write(at.step, {"epoch": at.epoch, **scores})
             is_best = not at.best or result["top1"] > at.best["top1"]
             if is_best:
                 at.best = {"top1": result["top1"], "epoch": at.epoch, "step": at.step}
-                if self.sweep:
-                    at.best["setting"] = result["setting"]
         at.epoch, at.step_in_epoch = at.epoch + 1, 0
         if is_best or at.epoch == self.recipe.optim.epochs:
             self.save()
         # Evaluating and saving do not count as time of the next steps.
         self.meter.read(self.stream.wait_seconds)
-
-    def check_settings(self) -> dict:
-        """One view of each clip of `val` for all settings of a sweep; the result of the best."""
-        results = evaluate_settings(
-            self.sweep,
-            self.recipe,
-            device=self.device,
-            score=self.job.scorers.get(("val", 1, 1), score_views),
-            on_batch=self.stop.check,
-        )
-        self.at.sweep = update_records(self.at.sweep, results, epoch=self.at.epoch)
-        best = max(range(len(results)), key=lambda number: results[number]["top1"])
-        logger.info(
-            "epoch %d: top-1 %.2f, top-5 %.2f on val with %s, the best of %d settings",
-            *(self.at.epoch, results[best]["top1"], results[best]["top5"]),
-            *(self.sweep.settings[best], len(results)),
-        )
-        return {**results[best], "setting": best}
 
     def check_on_val(self, model: torch.nn.Module, which: str) -> dict:
         """One view of each clip of `val`."""
@@ -352,8 +335,7 @@ class Run:
             num_clips=1,
             num_crops=1,
             device=self.device,
-            score=self.job.scorers.get(("val", 1, 1), score_views),
-            on_batch=self.stop.check,
+            on_batch=self.stop.check_alone,
         )
         logger.info(
             "epoch %d: top-1 %.2f, top-5 %.2f on val%s",
@@ -378,6 +360,8 @@ class Run:
         whole = Checkpoint(
             engine.weights(), engine.optimizer_state(), state, ema=engine.ema_weights()
         )
+        if not self.is_first:
+            return
         save_checkpoint(self.checkpoints, whole, metadata=describe_model(self.recipe))
         prune_checkpoints(
             self.checkpoints,
@@ -398,19 +382,15 @@ def finish(
 ) -> dict:
     """Write the final weights, evaluate a classifier with all its views, write the summary.
 
-    Of a sweep they are those of the setting, and of the epoch, that did best on `val`. Averaged
-    weights are written and evaluated too, with the results in the folder `ema`.
+    Averaged weights are written and evaluated too, with the results in the folder `ema`.
     """
-    sweep = None
-    if job.sweep:
-        best = load_checkpoint(step_folder(folder / "checkpoints", int(at.best["step"])))
-        job.sweep.take(best.weights, int(at.best["setting"]))
-        sweep = sweep_summary(job.sweep.settings, at.sweep, int(at.best["setting"]))
     models = {"": (job.model, folder / WEIGHTS_FILE, folder)}
     if ema_model is not None:
         models["ema"] = ema_model, folder / EMA_FILE, folder / "ema"
+    is_first = joined_part().index == 0
     for model, path, _ in models.values():
-        write_tensors(path, model.state_dict(), metadata=describe_model(recipe))
+        if is_first:
+            write_tensors(path, model.state_dict(), metadata=describe_model(recipe))
     summary = {
         "name": recipe.name,
         "objective": recipe.objective.kind,
@@ -425,15 +405,13 @@ def finish(
         "evaluation": None,
         "weights": str(folder / WEIGHTS_FILE),
         "ema": None,
-        "sweep": sweep,
         "device": str(device),
     }
     if ema_model is not None:
         summary["ema"] = {"evaluation": None, "weights": str(folder / EMA_FILE)}
     if at.best:
         best = step_folder(folder / "checkpoints", int(at.best["step"]))
-        file = folder / WEIGHTS_FILE if job.sweep else best / WEIGHTS_FILE
-        summary["best_on_val"] = {**at.best, "weights": str(file)}
+        summary["best_on_val"] = {**at.best, "weights": str(best / "model.safetensors")}
     if job.quarantine and job.quarantine.entries:
         logger.warning(
             "%s: went on without %d clips that could not be read; %s says why",
@@ -443,7 +421,6 @@ def finish(
         )
     if isinstance(recipe.objective, schema.Classify) and has_evaluation(recipe):
         section = recipe.evaluate
-        views = (section.split, section.clips, section.crops)
         long = ("missing", "incomplete", "unreadable", "manifest")  # they are in evaluation.json
         for name, (model, path, place) in models.items():
             place.mkdir(exist_ok=True)
@@ -456,12 +433,12 @@ def finish(
                 device=device,
                 folder=place,
                 weights=path,
-                score=job.scorers.get(views, score_views),
-                on_batch=stop.check,
+                on_batch=stop.check_alone,
             )
             about = summary[name] if name else summary
             about["evaluation"] = {key: result[key] for key in result if key not in long}
-    write_json(folder / SUMMARY, summary)
+    if is_first:
+        write_json(folder / SUMMARY, summary)
     return summary
 
 
@@ -473,7 +450,8 @@ def naming_clips(job: Job, folder: Path) -> Iterator[None]:
     except NonFiniteError as error:
         names = job.clip_names(error.clip_ids)
         path = folder / "non_finite.json"
-        write_json(path, {"step": error.step, "clips": names})
+        if joined_part().index == 0:
+            write_json(path, {"step": error.step, "clips": names})
         shown = ", ".join(names[:SHOWN_CLIPS])
         more = f" and {len(names) - SHOWN_CLIPS} more ({path})" if len(names) > SHOWN_CLIPS else ""
         raise StateError(

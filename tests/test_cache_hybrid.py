@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_cache_build import no_progress
-from test_train import SIZE, distil, metrics, stop_after, timeless, write_video
+from tiny_runs import SIZE, distil, metrics, stop_after, timeless, write_video
 from torch.testing import assert_close
 
 from distill.cache import hybrid

@@ -20,6 +20,7 @@ from distill.cache.read import Cache, CachedBatches
 from distill.cache.shards import Field, ShardReader, ShardWriter
 from distill.cache.store import open_folder
 from distill.data.index import read_list
+from distill.dist import Part
 from distill.errors import StateError
 
 FIELDS = (Field("tokens", "int16", (3,)), Field("codes", "float16", (2, 4, 8)))
@@ -335,7 +336,7 @@ def test_ranks_together_read_what_one_reads(tmp_path, world_size):
     cache = Cache.open(folder, ours)
     whole = list(CachedBatches(cache, batch_size=6, seed=1).epoch(1))
     ranks = [
-        list(CachedBatches(cache, batch_size=6, seed=1, rank=r, world_size=world_size).epoch(1))
+        list(CachedBatches(cache, batch_size=6, seed=1, part=Part(r, world_size)).epoch(1))
         for r in range(world_size)
     ]
     for batch, *parts in zip(whole, *ranks, strict=True):

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_train import SIZE, assert_same_run, distil, stop_after, write_video
+from tiny_runs import SIZE, assert_same_run, distil, stop_after, write_video
 from typer.testing import CliRunner
 
 import distill.train

@@ -24,6 +24,7 @@ from distill.cache.record import record_fields
 from distill.cache.store import open_folder
 from distill.data.index import Clip, check_videos, read_list
 from distill.data.load import Quarantine, Task, View
+from distill.dist import joined_part
 from distill.errors import StateError
 from distill.recipe import Recipe
 from distill.teachers import Teacher
@@ -95,13 +96,16 @@ class HybridBatches:
         order = self.cached.order(epoch)
         is_missing = cache.rows[order, view] < 0
         starts = range(first_step * size, len(order), size)
-        gaps = [
-            [
-                (int(place), Task(self.clips[order[start + place]], view=view))
-                for place in np.flatnonzero(is_missing[start : start + size])
-            ]
-            for start in starts
-        ]
+        gaps = []
+        for start in starts:
+            places, _ = self.cached.part.share(order[start : start + size])
+            lost, _ = self.cached.part.share(is_missing[start : start + size])
+            gaps.append(
+                [
+                    (int(place), Task(self.clips[places[place]], view=view))
+                    for place in np.flatnonzero(lost)
+                ]
+            )
         with ExitStack() as stack:
             batches = stack.enter_context(closing(self.cached.epoch(epoch, first_step)))
             items = iter(())
@@ -180,7 +184,8 @@ def open_hybrid(
         with progress(f"calibrate {where}", total=len(sample), unit="clips") as bar:
             calibrate(recipe, where, identity, sample, teachers, advance=bar.advance)
     cache = Cache.open(where, recipe, identity=identity, allow_missing=True)
-    cached = CachedBatches(cache, batch_size=recipe.optim.batch_size, seed=seed)
+    part = joined_part()
+    cached = CachedBatches(cache, batch_size=recipe.optim.batch_size, seed=seed, part=part)
     by_id = {clip.id: clip for clip in clips}
     own = [by_id[clip_id] for clip_id in cache.clip_ids.tolist()]
     missing = cache.rows[:, : recipe.optim.epochs] < 0  # of the views that are read
@@ -194,8 +199,8 @@ def open_hybrid(
         return HybridBatches(cached, own, None)
     check_videos([own[place] for place in np.flatnonzero(missing.any(axis=1))], recipe.data.train)
     quarantine = Quarantine(
-        folder / "quarantine.jsonl",
-        total=len(own),
+        folder / part.name("quarantine.jsonl"),
+        total=-(-len(own) // part.count),
         max_share=recipe.data.max_quarantined,
         clips=own,
     )

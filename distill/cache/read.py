@@ -20,6 +20,7 @@ from distill.cache.sealed import ALIGN_BYTES
 from distill.cache.shards import ShardReader
 from distill.cache.store import Folder, open_folder
 from distill.data.index import read_list
+from distill.dist import WHOLE, Part
 from distill.errors import StateError
 from distill.recipe import Recipe
 
@@ -33,7 +34,6 @@ TORCH = {
     "int8": torch.int8,
     "int16": torch.int16,
     "int32": torch.int32,
-    "int64": torch.int64,
     "float16": torch.float16,
     "float32": torch.float32,
 }
@@ -151,19 +151,17 @@ class CachedBatches:
 
     A batch holds clip_id and view int64 [B], every field of a record with B in front, and the
     epoch; where the cache lacks records also `missing`, the places in the batch at which the
-    fields hold nothing. Each of `world_size` ranks gets its own share of every batch of
-    `batch_size`. Memory is bounded by the prefetch window, and that of a batch is used again
-    once its tensors are gone. `wait_seconds` is how long the consumer has waited.
+    fields hold nothing. Each part's process gets its own share of every batch of `batch_size`;
+    one that no clip of a batch is left for gets the first one, and `is_spare`. Memory is bounded
+    by the prefetch window, and that of a batch is used again once its tensors are gone.
+    `wait_seconds` is how long the consumer has waited.
     """
 
-    def __init__(
-        self, cache: Cache, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
-    ) -> None:
-        self.cache, self.batch_size, self.seed = cache, batch_size, seed
-        self.rank, self.world_size = rank, world_size
+    def __init__(self, cache: Cache, *, batch_size: int, seed: int, part: Part = WHOLE) -> None:
+        self.cache, self.batch_size, self.seed, self.part = cache, batch_size, seed, part
         self.wait_seconds = 0.0
         self.num_threads = READ_THREADS if cache.folder.is_local else REMOTE_THREADS
-        self._most = -(-batch_size // world_size)
+        self._most = -(-batch_size // part.count)
         places, self._buffer_bytes = {}, 0
         for field in cache.index.fields:
             places[field.name] = self._buffer_bytes
@@ -193,11 +191,12 @@ class CachedBatches:
         order = self.order(epoch)
         view = epoch % self.cache.num_views
         shares = [
-            self._share(order[start : start + self.batch_size])
+            self.part.share(order[start : start + self.batch_size])
             for start in range(first_step * self.batch_size, len(order), self.batch_size)
         ]
         windows = [
-            shares[start : start + self.window] for start in range(0, len(shares), self.window)
+            [places for places, _ in shares[start : start + self.window]]
+            for start in range(0, len(shares), self.window)
         ]
         with (
             ShardReader(self.cache.folder) as shards,
@@ -208,6 +207,7 @@ class CachedBatches:
             def submit(window: list[np.ndarray]):
                 return ahead.submit(self._read_window, window, view, shards=shards, pool=pool)
 
+            is_spare = (spare for _, spare in shares)
             coming = [submit(window) for window in windows[:1]]
             for number in range(1, len(windows) + 1):
                 start = time.perf_counter()
@@ -215,11 +215,8 @@ class CachedBatches:
                 self.wait_seconds += time.perf_counter() - start
                 coming += [submit(window) for window in windows[number : number + 1]]
                 while ready:
-                    yield {**ready.pop(0), "epoch": epoch}
-
-    def _share(self, places: np.ndarray) -> np.ndarray:
-        first, last = (len(places) * rank // self.world_size for rank in (self.rank, self.rank + 1))
-        return places[first:last]
+                    batch = {**ready.pop(0), "epoch": epoch}
+                    yield {**batch, "is_spare": True} if next(is_spare) else batch
 
     def _read_window(
         self,

@@ -23,7 +23,6 @@ import fsspec
 
 from distill.errors import InputError, StateError
 
-MADE_BY = "distill cache-teacher"  # what makes a view cache
 EXTRAS = {"s3": "s3", "s3a": "s3"}  # protocol: the extra that installs what it needs
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -35,9 +34,9 @@ class LocalFolder:
 
     is_local = True
 
-    def __init__(self, path: str | Path, *, made_by: str = MADE_BY) -> None:
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.url, self.made_by = str(path), made_by
+        self.url = str(path)
 
     def __str__(self) -> str:
         return self.url
@@ -139,8 +138,8 @@ class RemoteFolder:
 
     is_local = False
 
-    def __init__(self, url: str, *, made_by: str = MADE_BY) -> None:
-        self.url, self.made_by = url.rstrip("/"), made_by
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
         with reported(self.url, "opened"):
             self._files, self._root = fsspec.url_to_fs(self.url)
 
@@ -223,10 +222,9 @@ class RemoteFolder:
 Folder = LocalFolder | RemoteFolder
 
 
-def open_folder(url: str | Path | Folder, *, made_by: str = MADE_BY) -> Folder:
+def open_folder(url: str | Path | Folder) -> Folder:
     """A cache's folder by its path or URL, such as s3://bucket/caches/k400; it need not exist.
 
-    `made_by` is the command that makes what is missing there, for messages.
     Raises InputError for a protocol that is not known or not installed.
     """
     if isinstance(url, Folder):
@@ -234,17 +232,16 @@ def open_folder(url: str | Path | Folder, *, made_by: str = MADE_BY) -> Folder:
     if is_url(url):
         protocol = url.partition("://")[0]
         if protocol in ("file", "local"):
-            path = Path(urlsplit(url).netloc + urlsplit(url).path)
-            return LocalFolder(path, made_by=made_by)
+            return LocalFolder(Path(urlsplit(url).netloc + urlsplit(url).path))
         try:
-            return RemoteFolder(url, made_by=made_by)
+            return RemoteFolder(url)
         except ImportError as error:
             extra = EXTRAS.get(protocol)
             install = f"pip install 'distill-video[{extra}]'" if extra else f"{error}"
             raise InputError(f"{url}: {protocol}:// needs another package: {install}") from error
         except ValueError as error:
             raise InputError(f"{url}: no such protocol as {protocol}://") from error
-    return LocalFolder(Path(url).expanduser(), made_by=made_by)
+    return LocalFolder(Path(url).expanduser())
 
 
 def is_url(path: str | Path) -> bool:

@@ -16,6 +16,7 @@ from distill.data.decode import Frames, Video, open_video
 from distill.data.index import Clip
 from distill.data.rand_augment import draw_operations
 from distill.data.workers import ClipLoader, Quarantine
+from distill.dist import WHOLE, Part
 from distill.errors import InputError, StateError
 from distill.recipe import Augment, Data, Mixing, Views
 
@@ -217,7 +218,8 @@ class ClipBatches:
     `seed`. With r `repeats` it uses the r views from e * r on, side by side, and `batch_size`
     counts them all. Clips that cannot be decoded go to the quarantine and are left out of their
     batches, which keep their places; only a batch that loses all its clips takes the next one in
-    the order instead.
+    the order instead. A `part` gets its own share of every batch, and where no clip is left for
+    it the first one, with "is_spare".
     """
 
     def __init__(
@@ -231,10 +233,11 @@ class ClipBatches:
         quarantine: Quarantine,
         views_seed: int | None = None,
         mixing: Mixing | None = None,
+        part: Part = WHOLE,
     ):
         if not clips:
             raise InputError("there are no clips to train with: data.train.list names none")
-        self._clips = clips
+        self._clips, self._part = clips, part
         self._augmented, self._mixing = data.augment, mixing
         self._image_size = data.views.image_size
         self._clips_per_batch = batch_size // data.augment.repeats
@@ -273,9 +276,11 @@ class ClipBatches:
         tasks = [Task(self._clips[i], first_view) for i in order]
         size = self._clips_per_batch
         starts = range(first_step * size, len(tasks), size)
-        batches = self._loader.run(tasks[start : start + size] for start in starts)
-        for start, items in zip(starts, batches, strict=True):
-            yield {**self._collate(items or self._next_good(tasks, start)), "epoch": epoch}
+        shares = [self._part.share(tasks[start : start + size]) for start in starts]
+        batches = self._loader.run(own for own, _ in shares)
+        for start, (_, is_spare), items in zip(starts, shares, batches, strict=True):
+            batch = {**self._collate(items or self._next_good(tasks, start)), "epoch": epoch}
+            yield {**batch, "is_spare": True} if is_spare else batch
 
     def _collate(self, items: list[tuple[Task, list[View]]]) -> "dict[str, Tensor]":
         import torch  # as in `collate`

@@ -1,1 +1,0 @@
-"""One script a table; results lie beside them (see README.md)."""
