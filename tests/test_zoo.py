@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from distill.recipe_file import load_recipe
 from distill.students import create_classifier, create_student
 from distill.toy import SIZES
 from distill.zoo import find_row, select_rows, zoo_rows
+from distill.zoo_check import check_row
 
 DATA = Path(__file__).parent / "data"
 COLUMNS = 100
@@ -235,3 +237,17 @@ def test_a_file_is_measured_and_compared_with_the_published_number(files, monkey
     assert Path(found["folder"], "evaluation.json").exists()
     assert found["row"]["link"].endswith("L14_ft_k710_ft_k400_f8/pytorch_model.bin")
     assert "no such file" in fail(*given, "data.test.list=none.csv")
+
+
+def test_published_map_is_compared_with_activitynets_own_over_whole_videos(tmp_path, monkeypatch):
+    (tmp_path / "test.csv").write_text("a.mp4,9,0,4,1\na.mp4,9,4,9,1\n")
+    names = ("top1", "map", "video_top1", "video_map", "video_map_interpolated")
+    result = {name: 90.0 + place for place, name in enumerate(names)}
+    result["confidence_intervals"] = {name: [result[name] - 1, result[name] + 1] for name in names}
+    report = SimpleNamespace(lines=lambda: [])
+    monkeypatch.setattr("distill.zoo_check.check_file", lambda *_: report)
+    monkeypatch.setattr("distill.zoo_check.evaluate_recipe", lambda *_, folder: result)
+    recipe = load_recipe("anet/6B-attentive", [f"data.test.list={tmp_path}/test.csv"])
+    found = check_row(find_row("anet/6B-attentive"), recipe, "w.bin")["numbers"]
+    assert found["top1"] == {"measured": 92.0, "interval": [91.0, 93.0], "published": 95.9}
+    assert found["map"] == {"measured": 94.0, "interval": [93.0, 95.0], "published": 98.2}
