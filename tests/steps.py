@@ -67,9 +67,17 @@ def train_losses(precision: str, num_steps: int) -> torch.Tensor:
 
 
 def whole_step(
-    precision: str, *, is_coded: bool, compiled: dict | None = None, device: str = "cpu"
+    precision: str,
+    *,
+    is_coded: bool,
+    compiled: dict | None = None,
+    device: str = "cpu",
+    calls: int = 1,
 ) -> dict[str, torch.Tensor]:
-    """Losses and gradients by name of one step; `compiled` are settings of `torch.compile`."""
+    """Losses and gradients by name of one step, the last of equal `calls`.
+
+    `compiled` are settings of `torch.compile`.
+    """
     objective = tiny_objective(device).train()
     batch = to_device(tiny_batch(clips=2), torch.device(device))
     if is_coded:
@@ -81,8 +89,10 @@ def whole_step(
     call = objective.losses
     if compiled is not None:
         call = torch.compile(call, fullgraph=True, **compiled)
-    with autocast(torch.device(device), precision):
-        losses = call(batch, keep)
-    (1024 * losses["loss"]).backward()  # another upstream gradient than the expected one
+    for _ in range(calls):
+        objective.zero_grad(set_to_none=True)
+        with autocast(torch.device(device), precision):
+            losses = call(batch, keep)
+        (1024 * losses["loss"]).backward()  # another upstream gradient than the expected one
     found = {name: value.detach() for name, value in losses.items()}
     return found | {name: x.grad for name, x in objective.named_parameters() if x.grad is not None}

@@ -1,7 +1,8 @@
 import pytest
 import torch
-from formulas import relative_error, rmsnorm_formula
+from formulas import relative_error
 from interpret import interpret
+from residual import FORMS, INPUTS, LEAVES, exact, inputs, with_gradients
 from torch.testing import assert_close
 
 from distill.kernels import rmsnorm as module
@@ -9,14 +10,6 @@ from distill.kernels.gpu_build import CAPABILITIES, SHARED_LIMIT, build
 from distill.kernels.rmsnorm import rmsnorm
 from distill.students.vit import SIZES, Block, LayerScale, ViTSize
 
-INPUTS = ("x", "weight", "branch", "gamma", "keep")
-LEAVES = ("x", "weight", "branch", "gamma")  # keep is a draw, without a gradient
-FORMS = {
-    "all": INPUTS,
-    "no drop path": ("x", "weight", "branch", "gamma"),
-    "no norm": ("x", "branch", "gamma", "keep"),
-    "norm": ("x", "weight"),
-}
 SHAPES = ((3, 1, 1), (2, 5, 17), (3, 67, 64), (7, 384), (2, 3, 1408), (0, 5, 64), (2, 2, 3200))
 # of x, the branch and the parameters: float32, half precision, and under autocast
 TYPES = {
@@ -29,49 +22,6 @@ CASES += [((3, 67, 64), form, types) for form in FORMS for types in ("half", "au
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
 
-def inputs(shape, form, types):
-    """Also the upstream gradients of what there is; the drop path factors hold a 0."""
-    stream = torch.Generator().manual_seed(sum(shape))
-    draw = lambda *size: torch.randn(size, generator=stream)  # noqa: E731
-    of_x, of_branch, of_gains = (getattr(torch, name) for name in TYPES[types])
-    found = {
-        "x": draw(*shape).to(of_x),
-        "weight": (1 + 0.3 * draw(shape[-1])).to(of_gains),
-        "branch": draw(*shape).to(of_branch),
-        "gamma": (0.5 + 0.3 * draw(shape[-1])).to(of_gains),
-        "keep": (torch.arange(shape[0]) % 3) / 1.5,
-    }
-    found = {name: tensor for name, tensor in found.items() if name in FORMS[form]}
-    if "branch" in found:
-        found["d_h"] = draw(*shape).to(of_x)
-    if "weight" in found:
-        found["d_out"] = draw(*shape).to(of_x)
-    return found
-
-
-def with_gradients(call, tensors):
-    """h where it is a sum, out, and the gradients of LEAVES by name."""
-    leaves = {
-        name: tensor.detach().clone().requires_grad_()
-        for name, tensor in tensors.items()
-        if name in LEAVES
-    }
-    h, out = call(**leaves, keep=tensors.get("keep"))
-    made = {"h": h if "branch" in leaves else None, "out": out}
-    made = {name: tensor for name, tensor in made.items() if tensor is not None}
-    upstream = [tensors[f"d_{name}"].to(tensor.dtype) for name, tensor in made.items()]
-    gradients = torch.autograd.grad(list(made.values()), list(leaves.values()), upstream)
-    found = {name: tensor.detach() for name, tensor in made.items()}
-    return found | {f"d_{name}": d for name, d in zip(leaves, gradients, strict=True)}
-
-
-def exact(tensors):
-    def call(x, weight=None, branch=None, gamma=None, keep=None):
-        return rmsnorm_formula(x, weight, branch, gamma, keep)
-
-    return with_gradients(call, {name: tensor.double() for name, tensor in tensors.items()})
-
-
 def eager(tensors):
     def call(x, weight=None, **others):
         return rmsnorm(x, weight, **others)
@@ -81,7 +31,7 @@ def eager(tensors):
 
 def call_of(shape, form, types, **changes):
     """The operation with its gradients."""
-    tensors = inputs(shape, form, types)
+    tensors = inputs(shape, form, TYPES[types])
     leaves = {name: tensors[name].requires_grad_() for name in LEAVES if name in tensors}
     arguments = (leaves.pop("x"), leaves.pop("weight", None))
     upstream = [tensors[name] for name in ("d_h", "d_out") if name in tensors]
@@ -109,14 +59,14 @@ def interpreted(tmp_path_factory):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_reference_is_the_formula_with_gradients(shape, form):
-    tensors = inputs(shape, form, "float32")
+    tensors = inputs(shape, form, TYPES["float32"])
     expected = {name: tensor.float() for name, tensor in exact(tensors).items()}
     assert_close(eager(tensors), expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize(("shape", "form"), [case[:2] for case in CASES if case[2] == "float32"])
 def test_the_kernels_are_the_formula_and_write_every_element(interpreted, shape, form):
-    expected = exact(inputs(shape, form, "float32"))
+    expected = exact(inputs(shape, form, TYPES["float32"]))
     assert_close(
         interpreted[shape, form, "float32"],
         {name: tensor.float() for name, tensor in expected.items()},
@@ -128,7 +78,7 @@ def test_the_kernels_are_the_formula_and_write_every_element(interpreted, shape,
 @pytest.mark.parametrize("form", FORMS)
 def test_half_precision_loses_no_more_than_pytorch_does(interpreted, form, types):
     shape = (3, 67, 64)
-    tensors = inputs(shape, form, types)
+    tensors = inputs(shape, form, TYPES[types])
     expected, of_pytorch = exact(tensors), eager(tensors)
     for name in expected:
         found = interpreted[shape, form, types][name]
@@ -139,7 +89,7 @@ def test_half_precision_loses_no_more_than_pytorch_does(interpreted, form, types
 
 
 def test_rows_may_be_normalised_into_a_narrower_type(interpreted):
-    tensors = inputs((3, 67, 64), "all", "autocast")
+    tensors = inputs((3, 67, 64), "all", TYPES["autocast"])
     wide = interpreted[(3, 67, 64), "all", "autocast"]["out"]
     assert interpreted["narrow"]["h"].dtype == torch.float32
     assert_close(interpreted["narrow"]["out"], wide.half(), rtol=0, atol=0)
@@ -150,14 +100,14 @@ def test_rows_may_be_normalised_into_a_narrower_type(interpreted):
 
 def test_the_norm_sees_the_rows_that_are_kept():
     """As PyTorch's own, and so that the backward has the rows that the forward had."""
-    tensors = inputs((3, 67, 64), "all", "half")
+    tensors = inputs((3, 67, 64), "all", TYPES["half"])
     h, out = rmsnorm(**{name: tensors[name] for name in INPUTS})
     assert_close(rmsnorm(h, tensors["weight"]), (h, out), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("types", TYPES)
 def test_the_reference_is_the_block_of_students_bit_by_bit(types):
-    tensors = inputs((3, 67, 64), "all", types)
+    tensors = inputs((3, 67, 64), "all", TYPES[types])
     block = Block(ViTSize(64, 2, 2), activation="gelu")
     scale, norm = LayerScale(64, init=1.0), block.norm2
     scale.gamma = torch.nn.Parameter(tensors["gamma"])

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
+from steps import CLIPS, tiny_batch, tiny_engine
 
 from distill import draw
 from distill.engine import Engine
 from distill.errors import StateError
 from distill.mask import Redraw, draw_kept, draw_tokens
-from distill.objective import DistillObjective
-from distill.recipe import Distill, Mask, Optim, Teacher
-from distill.students import ViTSize, create_student
+from distill.recipe import Mask
+from distill.students import ViTSize
 from distill.teachers import create_teacher
 
 pytestmark = [
@@ -18,52 +18,12 @@ pytestmark = [
     pytest.mark.parametrize("kernels", ["torch", "triton"], indirect=True),
 ]
 
-SIZE = ViTSize(96, 3, 3, pooled_width=48, init_std=0.1, layer_scale=1.0)
 TEACHER = ViTSize(176, 4, 2, 48 / 11, pooled_width=48)
 GRID = (4, 4, 4)
-CLIPS = torch.tensor([3, -7, 2**62, 12345])
-
-
-def objective(device: str, *, seed: int = 0) -> DistillObjective:
-    torch.manual_seed(seed)
-    student = create_student(
-        SIZE,
-        frames=4,
-        image_size=56,
-        teacher_width=176,
-        teacher_pooled=48,
-        num_layers=2,
-        drop_path=0.2,
-    )
-    teacher = Teacher(size="1B", random=True, layers=2, interval=1.0)
-    section = Distill(kind="distill", teacher=teacher)
-    return DistillObjective(student, section, seed=0).to(device)
-
-
-def batch() -> dict:
-    random = torch.Generator().manual_seed(1)
-    middle = torch.randn(2, 4, 14, 176, generator=random)
-    pooled = torch.randn(4, 48, generator=random)
-    tokens = torch.rand(4, 64, generator=random).argsort(1)[:, :13].sort(1).values
-    return {
-        "clip_id": CLIPS,
-        "patches": torch.randint(0, 256, (4, 13, 588), generator=random, dtype=torch.uint8),
-        "tokens": tokens,
-        "middle": torch.nn.functional.normalize(middle, dim=-1).transpose(0, 1),
-        "pooled": torch.nn.functional.normalize(pooled, dim=-1),
-        "epoch": 0,
-    }
-
-
-def prepare(batch: dict) -> dict:
-    """Targets travel batch-first; the objective takes the layer axis first."""
-    return {**batch, "middle": batch["middle"].transpose(0, 1)}
 
 
 def engine(device: str, **changes) -> Engine:
-    optim = Optim(lr=1e-3, batch_size=4, epochs=1, micro_batch=3, clip_grad=1.0, **changes)
-    loss = objective(device)
-    return Engine(loss, loss.student, optim=optim, prepare=prepare, device=torch.device(device))
+    return tiny_engine(device, micro_batch=3, **changes)
 
 
 def test_draws_are_those_of_the_cpu():
@@ -96,7 +56,7 @@ def test_a_float32_step_ends_with_the_weights_of_the_cpu():
     for device in ("cpu", "cuda"):
         one = engine(device)
         for step in range(3):
-            losses = one.step(batch(), step=step + 1, lr=1e-3)
+            losses = one.step(tiny_batch(), step=step + 1, lr=1e-3)
         one.check()
         weights[device] = {name: value.cpu() for name, value in one.weights().items()}
         assert losses["loss"].device.type == device
@@ -105,19 +65,19 @@ def test_a_float32_step_ends_with_the_weights_of_the_cpu():
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_losses_are_close_to_float32(precision):
-    expected = engine("cuda").step(batch(), step=1, lr=1e-3)["loss"]
-    loss = engine("cuda", precision=precision).step(batch(), step=1, lr=1e-3)["loss"]
+    expected = engine("cuda").step(tiny_batch(), step=1, lr=1e-3)["loss"]
+    loss = engine("cuda", precision=precision).step(tiny_batch(), step=1, lr=1e-3)["loss"]
     torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)
 
 
 def test_a_non_finite_step_and_those_after_it_leave_the_weights_alone():
     one = engine("cuda")
-    one.step(batch(), step=1, lr=1e-3)
+    one.step(tiny_batch(), step=1, lr=1e-3)
     before = {name: value.clone() for name, value in one.weights().items()}
-    bad = batch()
+    bad = tiny_batch()
     bad["pooled"][2] = torch.nan
     one.step(bad, step=2, lr=1e-3)
-    one.step(batch(), step=3, lr=1e-3)
+    one.step(tiny_batch(), step=3, lr=1e-3)
     torch.testing.assert_close(one.weights(), before, rtol=0, atol=0)
     with pytest.raises(StateError, match="step 2"):
         one.check()
@@ -125,10 +85,10 @@ def test_a_non_finite_step_and_those_after_it_leave_the_weights_alone():
 
 def test_steps_do_not_wait_for_the_device():
     one = engine("cuda")
-    one.step(batch(), step=1, lr=1e-3)
+    one.step(tiny_batch(), step=1, lr=1e-3)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        one.step(batch(), step=2, lr=1e-3)
+        one.step(tiny_batch(), step=2, lr=1e-3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     one.check()
