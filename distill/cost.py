@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distill.cache.codes import row_bytes
 from distill.mask import num_kept, num_races, num_visible, token_grid
-from distill.models import meta_teacher, teacher_shape
+from distill.models import build_model, meta_teacher, teacher_shape
 from distill.recipe import MAIN, Distill, Recipe, of_teacher, vit_size
 from distill.students.vit import PATCH, VideoViT, ViTSize, resolve_size
 from distill.teachers import Teacher
@@ -111,6 +111,8 @@ def student_cost(recipe: Recipe, *, embed_all: bool = False) -> StepCost:
     The backward takes twice the forward, except that the patch embedding has no input to pass a
     gradient to; checkpointed blocks run forward twice.
     """
+    if recipe.model.timm:
+        return _counted_student(recipe)
     size = resolve_size(vit_size(recipe.model.size))
     tubelet, objective = recipe.model.tubelet, recipe.objective
     patches, visible = num_tokens(recipe)
@@ -131,6 +133,48 @@ def student_cost(recipe: Recipe, *, embed_all: bool = False) -> StepCost:
         case "head":
             step = forward + 2 * heads
     return StepCost(forward=2e-12 * forward, step=2e-12 * step)
+
+
+def _counted_student(recipe: Recipe) -> StepCost:
+    """Of a model of timm's, as PyTorch counts it; the backward takes twice the forward."""
+    forward, heads = counted_student(recipe)[:2]
+    is_probe = not isinstance(recipe.objective, Distill) and recipe.objective.trainable == "head"
+    step = forward + 2 * heads if is_probe else 3 * forward
+    return StepCost(forward=1e-12 * forward, step=1e-12 * step)
+
+
+def counted_student(recipe: Recipe) -> tuple[int, int, int]:
+    """FLOPs of a forward and of its heads' part, and bytes that its backward wants, of a clip."""
+    with torch.device("meta"):
+        model = build_model(recipe)
+        views = recipe.data.views
+        clip = torch.empty(1, 3, views.frames, views.image_size, views.image_size)
+        tokens = torch.empty(1, num_tokens(recipe)[1], dtype=torch.int64)
+    kept = 0
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept += tensor.numel() * tensor.element_size()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with FlopCounterMode(display=False) as counter, hooks:
+        if isinstance(recipe.objective, Distill):
+            inputs = model.decoder_inputs(clip, tokens=tokens)
+            before = counter.get_total_flops()
+            for name in recipe.objective.teachers:
+                decoders = model.get_submodule(f"{name or 'clip'}_decoder")
+                states = inputs.others[name] if name else inputs.states
+                for decode, state in zip(decoders, states, strict=True):
+                    decode(state)
+            model.final_clip_decoder(inputs.pooled)
+        else:
+            features = model.hidden(clip)
+            before = counter.get_total_flops()
+            model(features=features)
+    flops = counter.get_total_flops()
+    return flops, flops - before, kept
 
 
 def num_tokens(recipe: Recipe) -> tuple[int, int]:
@@ -182,6 +226,9 @@ def activation_bytes(recipe: Recipe) -> int:
     in half precision, q and k before their norms, all in float32; and in the compute precision
     what the linears, GELU and attention take.
     """
+    if recipe.model.timm:
+        kept = counted_student(recipe)[2]
+        return kept if recipe.optim.precision == "fp32" else kept // 2
     size = resolve_size(vit_size(recipe.model.size))
     width, hidden = size.width, int(size.width * size.mlp_ratio)
     byte = 4 if recipe.optim.precision == "fp32" else 2

@@ -65,7 +65,9 @@ def build_job(
             names = cache.clip_names
         student = with_weights(build_student(recipe), recipe)
         loss = DistillObjective(student, objective, seed=seed)
-        prepare = CachedTargets(cache.codec, make_redraw(recipe), layers=cache.layers)
+        prepare = CachedTargets(
+            cache.codec, make_redraw(recipe), layers=cache.layers, pixels=seen_pixels(recipe)
+        )
         return Job(student, loss, batches, prepare, names, quarantine)
 
     is_live = isinstance(objective, schema.Distill)
@@ -107,6 +109,7 @@ def build_job(
             views_seed,
             precision=objective.teacher.precision,
             tokens=cache.tokens if cache else "visible",
+            pixels=seen_pixels(recipe),
             redraw=make_redraw(recipe),
             others=other_teachers(recipe, teachers),
         )
@@ -117,6 +120,11 @@ def build_job(
     return Job(
         model, loss, batches, prepare, lambda ids: [names[clip_id] for clip_id in ids], quarantine
     )
+
+
+def seen_pixels(recipe: schema.Recipe) -> schema.KeptPixels:
+    """What a student takes: a model of timm's cannot leave patches out."""
+    return "full" if recipe.model.timm else "visible"
 
 
 def _as_read(batch: dict) -> dict:
@@ -169,7 +177,10 @@ def has_evaluation(recipe: schema.Recipe) -> bool:
 def describe_model(recipe: schema.Recipe) -> dict[str, str]:
     """Metadata of a weights file: enough to build its model without the recipe."""
     model, views = recipe.model, recipe.data.views
-    size = model.size if isinstance(model.size, str) else model.size.model_dump_json()
+    if model.timm:
+        size = f"timm/{model.timm}"
+    else:
+        size = model.size if isinstance(model.size, str) else model.size.model_dump_json()
     described = {
         "recipe": recipe.name,
         "objective": recipe.objective.kind,

@@ -5,13 +5,20 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import nn
 
 from distill import recipe as schema
 from distill.errors import InputError
 from distill.mask import token_grid
 from distill.students import DistillStudent, VideoClassifier, create_classifier, create_student
 from distill.students.student import ProjectorSet
-from distill.students.vit import VideoViT, resolve_size
+from distill.students.timm_backbone import (
+    TimmBackbone,
+    TimmClassifier,
+    TimmStudent,
+    load_timm,
+)
+from distill.students.vit import PATCH, VideoViT, resolve_size
 from distill.students.warmstart import (
     LoadReport,
     WeightsError,
@@ -22,7 +29,7 @@ from distill.students.warmstart import (
 from distill.teachers import Teacher, create_teacher
 
 
-def build_student(recipe: schema.Recipe) -> DistillStudent:
+def build_student(recipe: schema.Recipe) -> DistillStudent | TimmStudent:
     """The distillation student of a `distill` recipe, with fresh weights.
 
     Raises InputError for a student whose tokens would not be the teacher's.
@@ -32,15 +39,14 @@ def build_student(recipe: schema.Recipe) -> DistillStudent:
             f"{recipe.name}: model.tubelet: must be 1, as a teacher's targets are a patch each, "
             f"got {recipe.model.tubelet}"
         )
-    section = recipe.objective
+    section, views = recipe.objective, recipe.data.views
     shapes = {name: teacher_shape(recipe, name) for name in section.teachers}
-    return create_student(
-        **_backbone(recipe),
-        teacher_width=shapes[schema.MAIN].width,
-        teacher_pooled=shapes[schema.MAIN].pooled_width,
-        num_layers=section.teacher.layers,
-        decoder=section.decoder,
-        others={
+    projectors = {
+        "teacher_width": shapes[schema.MAIN].width,
+        "teacher_pooled": shapes[schema.MAIN].pooled_width,
+        "num_layers": section.teacher.layers,
+        "decoder": section.decoder,
+        "others": {
             name: ProjectorSet(
                 width=shapes[name].width,
                 num_layers=other.layers,
@@ -49,11 +55,28 @@ def build_student(recipe: schema.Recipe) -> DistillStudent:
             )
             for name, other in section.others.items()
         },
+    }
+    if recipe.model.timm is None:
+        return create_student(**_backbone(recipe), **projectors)
+    return TimmStudent(
+        recipe.model.timm,
+        frames=views.frames,
+        image_size=views.image_size,
+        side=views.image_size // PATCH,
+        **projectors,
     )
 
 
-def build_classifier(recipe: schema.Recipe) -> VideoClassifier:
+def build_classifier(recipe: schema.Recipe) -> VideoClassifier | TimmClassifier:
     """The classifier of a `classify` recipe, with fresh weights."""
+    if recipe.model.timm is not None:
+        return TimmClassifier(
+            recipe.model.timm,
+            num_classes=recipe.objective.num_classes,
+            frames=recipe.data.views.frames,
+            image_size=recipe.data.views.image_size,
+            fc_drop=recipe.objective.fc_drop,
+        )
     return create_classifier(
         **_backbone(recipe),
         num_classes=recipe.objective.num_classes,
@@ -79,7 +102,7 @@ def _backbone(recipe: schema.Recipe) -> dict[str, Any]:
     }
 
 
-def build_model(recipe: schema.Recipe) -> DistillStudent | VideoClassifier:
+def build_model(recipe: schema.Recipe) -> nn.Module:
     """The model that a recipe trains, with fresh weights."""
     if isinstance(recipe.objective, schema.Distill):
         return build_student(recipe)
@@ -126,7 +149,7 @@ def _create_teacher(teacher: schema.Teacher, views: schema.Views) -> Teacher:
         "std": teacher.std,
         "allow_unused": weights.allow_unused if weights else (),
     }
-    size = schema.vit_size(teacher.size)
+    size = schema.vit_size(teacher.size) if teacher.kind != "timm" else f"timm/{teacher.model}"
     tubelet = frames // views.frames
     match teacher.kind:
         case "internvideo2":
@@ -145,7 +168,7 @@ def _create_teacher(teacher: schema.Teacher, views: schema.Views) -> Teacher:
         case "videomae":
             return create_teacher(size, family="videomae", **settings, tubelet=tubelet)
         case "timm":
-            raise InputError("timm is to come")
+            return create_teacher(size, **settings, side=views.image_size // PATCH)
 
 
 @dataclass(frozen=True)
@@ -203,13 +226,25 @@ def _times(grid: tuple[int, int, int]) -> str:
     return "x".join(map(str, grid))
 
 
-def load_recipe_weights(model: VideoViT, weights: schema.Weights) -> list[LoadReport]:
+def load_recipe_weights(
+    model: VideoViT | TimmBackbone, weights: schema.Weights
+) -> list[LoadReport]:
     """Load a recipe's `weights` section into a model; raises WeightsError with one line.
 
     Returns a report for each file: that of `extra` comes second.
     """
     extra = weights.extra
     check_sha256(weights)
+    if isinstance(model, TimmBackbone):
+        return [
+            load_timm(
+                model,
+                weights.checkpoint,
+                head=weights.head,
+                allow_missing=weights.allow_missing,
+                allow_unused=weights.allow_unused,
+            )
+        ]
     if extra is not None:
         check_sha256(extra)
     reports = [

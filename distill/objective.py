@@ -22,7 +22,7 @@ from distill.students.student import DistillStudent
 from distill.students.vit import VideoViT
 
 POOL = ("clip_projector.",)
-BACKBONE = ("patch_embed.", "pos_embed", "cls_token", "blocks.")
+BACKBONE = ("patch_embed.", "pos_embed", "cls_token", "blocks.", "trunk.")
 
 
 def draw_keep(model: VideoViT, clip_ids: Tensor, *, seed: int, epoch: int) -> Tensor | None:
@@ -80,7 +80,8 @@ class DistillObjective(nn.Module):
         """Losses `loss`, `middle`, `pooled` and one per layer, `layer_00` upwards.
 
         Of another teacher there are NAME, its layers' mean, and `NAME_layer_00` upwards. The
-        batch holds clip_id [B], patches uint8 [B,M-1,U], tokens [B,M-1], the targets middle
+        batch holds clip_id [B], patches uint8 [B,M-1,U] (whole pixels uint8 [B,3,T,H,W] for a
+        student on a model of timm's), tokens [B,M-1], the targets middle
         [K,B,M,E] and middle.NAME (or codes of them) and pooled [B,P], and the epoch. Targets of
         a teacher without a class token have M-1 rows. Accumulates in float32.
         """
@@ -93,15 +94,16 @@ class DistillObjective(nn.Module):
         All of it is on the device: what `torch.compile` and CUDA graphs can take as a whole.
         """
         student = self.student
-        states, pooled, others = student.decoder_inputs(
-            patches=batch["patches"], tokens=batch["tokens"], keep=keep
-        )
-        if batch["middle"].shape[2] == batch["tokens"].shape[1]:
-            states = [state[:, 1:] for state in states]
+        if "patches" in batch:
+            seen = {"patches": batch["patches"], "keep": keep}
+        else:
+            seen = {"clip": batch["pixels"]}
+        states, pooled, others = student.decoder_inputs(tokens=batch["tokens"], **seen)
+        states, targets = _same_rows(states, batch["middle"])
         layers = align_layers(
             student.clip_decoder,
             states,
-            batch["middle"],
+            targets,
             upstream=self.middle_weight / len(states),
         )
         middle = layers.mean()
@@ -127,6 +129,20 @@ class DistillObjective(nn.Module):
         weight, bias = [decode.norm.weight], [decode.norm.bias]
         target = target[None, :, None]  # [1,B,1,P]
         return alignment([raw], weight, bias, target, upstream=self.pooled_weight)[0]
+
+
+def _same_rows(
+    states: list[Tensor], targets: Tensor | CodedTargets
+) -> tuple[list[Tensor], Tensor | CodedTargets]:
+    """Both without the class token's row where one of them has none."""
+    ours, theirs = states[0].shape[1], targets.shape[2]
+    if ours > theirs:
+        return [state[:, 1:] for state in states], targets
+    if theirs > ours:
+        patches = slice(1, None)
+        is_plain = isinstance(targets, Tensor)
+        return states, targets[:, :, patches] if is_plain else targets.rows(patches)
+    return states, targets
 
 
 def _named(layers: Tensor, prefix: str = "") -> dict[str, Tensor]:

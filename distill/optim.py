@@ -9,6 +9,7 @@ from torch import nn
 
 from distill import recipe
 from distill.errors import InputError
+from distill.students.timm_backbone import TimmBackbone
 
 # Position tables of the backbone: inputs of layer 0, whether joint or separable.
 TABLES = ("pos_embed", "pos_embed_spatial", "pos_embed_temporal", "pos_embed_cls")
@@ -34,18 +35,24 @@ def layer_id(name: str, *, depth: int) -> int:
 
 
 def param_groups(model: nn.Module, optim: recipe.Optim) -> list[dict]:
-    """AdamW groups of the trainable parameters of a `VideoViT` or a model built on it.
+    """AdamW groups of the trainable parameters of a model.
 
     A group holds `params`, their `names`, its `weight_decay` and the `lr_scale` that its learning
-    rate is multiplied by: layer_decay ** (depth + 1 - layer id).
+    rate is multiplied by: layer_decay ** (depth + 1 - layer id). The layers of a model of timm's,
+    and what of it never decays, are as timm has it.
     """
-    depth = len(model.blocks)
+    if isinstance(model, TimmBackbone):
+        ids = model.layer_ids() if optim.layer_decay != 1 else {}
+        top, exempt = max(ids.values(), default=0) + 1, model.no_weight_decay()
+    else:
+        top, exempt = len(model.blocks) + 1, set()
+        ids = {name: layer_id(name, depth=top - 1) for name, _ in model.named_parameters()}
     groups: dict[tuple[float, bool], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        lr_scale = optim.layer_decay ** (depth + 1 - layer_id(name, depth=depth))
-        decayed = is_decayed(name, parameter)
+        lr_scale = optim.layer_decay ** (top - ids.get(name, top))
+        decayed = is_decayed(name, parameter) and name not in exempt
         group = groups.setdefault(
             (lr_scale, decayed),
             {

@@ -68,7 +68,10 @@ class Weights(Checkpoint):
 
 
 class Model(Section):
-    size: Literal["S14", "B14", "L14", "1B", "6B"] | Size
+    """A video transformer of a size, or one of timm's models."""
+
+    size: Literal["S14", "B14", "L14", "1B", "6B"] | Size | None = None
+    timm: str | None = Field(None, description="a model's name there, in place of a size")
     tubelet: PositiveInt = 1
     positions: Literal["joint", "separable"] = "joint"
     activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"

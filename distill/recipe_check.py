@@ -22,6 +22,7 @@ from distill.recipe import (
 )
 from distill.students.vit import PATCH, resolve_size
 from distill.teacher_check import distill_errors, named_teachers
+from distill.timm_check import timm_errors
 
 Keys = tuple[str, ...]
 Origins = dict[Keys, str]  # what a message about the value at these keys starts with
@@ -243,11 +244,16 @@ def _contradictions(recipe: Recipe, earlier: Collection[str] | None) -> Iterator
             yield (*keys, "checkpoint"), "must be a file; stages have no vision encoder to take"
         else:
             yield from _stage_errors((*keys, "checkpoint"), weights.checkpoint, earlier)
-    try:
-        size = resolve_size(vit_size(model.size))
-    except ValueError as error:
-        yield ("model", "size"), str(error)
-        size = None
+    size = None
+    if model.timm is not None:
+        yield from timm_errors(recipe)
+    elif model.size is None:
+        yield ("model", "size"), "missing"
+    else:
+        try:
+            size = resolve_size(vit_size(model.size))
+        except ValueError as error:
+            yield ("model", "size"), str(error)
     if isinstance(recipe.objective, Distill):
         yield from distill_errors(recipe, recipe.objective, student=size)
         yield from _classify_only(recipe)

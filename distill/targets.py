@@ -106,7 +106,8 @@ def _unit_rows(states: Sequence[Tensor], tokens: Tensor, *, has_cls: bool) -> Te
 class LiveTargets:
     """Runs the teachers, in the recipe's precision, on a batch of `ClipBatches`.
 
-    `tokens` are those that the recipe's cache would keep, and `redraw` how an epoch sees them.
+    `tokens` and `pixels` are those that the recipe's cache would keep, and `redraw` how an epoch
+    sees the tokens.
     """
 
     def __init__(
@@ -117,13 +118,14 @@ class LiveTargets:
         *,
         precision: str = "fp32",
         tokens: KeptTokens = "visible",
+        pixels: KeptPixels = "visible",
         redraw: Redraw | None = None,
         others: Mapping[str, OtherTeacher] | None = None,
     ) -> None:
         if (tokens == "visible") != (redraw is None):
             raise ValueError(f"tokens {tokens!r}: masks are drawn anew only among more tokens")
         self.teacher, self.mask, self.seed, self.precision = teacher, mask, seed, precision
-        self.tokens, self.redraw, self.others = tokens, redraw, others
+        self.tokens, self.pixels, self.redraw, self.others = tokens, pixels, redraw, others
 
     def __call__(self, batch: dict) -> dict:
         records = view_records(
@@ -133,6 +135,7 @@ class LiveTargets:
             seed=self.seed,
             precision=self.precision,
             tokens=self.tokens,
+            pixels=self.pixels,
             redraw=self.redraw,
             others=self.others,
         )
@@ -144,6 +147,7 @@ class CachedTargets:
 
     `redraw` is how an epoch sees the records' tokens; None where each view has its own mask.
     `layers` are, of teachers by name, the places of the layers to take; None for all of all.
+    `pixels` says whether the student takes visible patches or full frames, as they were kept.
     """
 
     def __init__(
@@ -152,8 +156,9 @@ class CachedTargets:
         redraw: Redraw | None = None,
         *,
         layers: Mapping[str, list[int]] | None = None,
+        pixels: KeptPixels = "visible",
     ) -> None:
-        self.redraw, self.layers = redraw, layers or {}
+        self.redraw, self.layers, self.pixels = redraw, layers or {}, pixels
         self.codecs = {
             name: codec.of_layers(self.layers[name]) if name in self.layers else codec
             for name, codec in {MAIN: codec, **codec.others}.items()
@@ -168,13 +173,17 @@ class CachedTargets:
             places = _places(self.redraw, batch, {**batch, "tokens": tokens}, attention)
             tokens = tokens.gather(1, places)
             patches = None if patches is None else take_rows(patches, places)
-        if patches is None:
-            patches = take_rows(patchify(batch["pixels"]), tokens)
+        if self.pixels == "full":
+            seen = {"pixels": batch["pixels"]}
+        else:
+            if patches is None:
+                patches = take_rows(patchify(batch["pixels"]), tokens)
+            seen = {"patches": patches}
         found = {
             "clip_id": batch["clip_id"],
             "epoch": batch["epoch"],
             "tokens": tokens,
-            "patches": patches,
+            **seen,
             **{
                 of_teacher("middle", name): self._middle(name, batch, places)
                 for name in self.codecs

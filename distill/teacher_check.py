@@ -3,9 +3,11 @@
 import re
 from collections.abc import Iterator
 
-from distill.recipe import Distill, Recipe, Teacher, read_views, vit_size
+import torch
+
+from distill.recipe import Distill, Recipe, Teacher, Views, read_views, vit_size
 from distill.students.vit import PATCH, ViTSize, resolve_size
-from distill.teachers import return_layers
+from distill.teachers import create_teacher, return_layers
 
 ATTENTIVE = ("internvideo2", "internvl")  # teachers whose pool says where to look
 TEACHER_NAME = re.compile(r"[a-z][a-z0-9]*")
@@ -69,6 +71,8 @@ def _teacher_errors(
     if kind == "timm":
         if teacher.model is None:
             yield "model", "missing: the name of a model of timm"
+        else:
+            yield from _image_teacher_errors(teacher, views)
         if teacher.size is not None:
             yield "size", "is no setting of kind timm, whose models have names; drop it"
     else:
@@ -116,3 +120,18 @@ def _teacher_errors(
             "weights",
             "missing: a teacher is random only where the recipe says 'random: true'",
         )
+
+
+def _image_teacher_errors(teacher: Teacher, views: Views) -> Iterator[tuple[str, str]]:
+    """What timm has to say, of a teacher without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            create_teacher(
+                f"timm/{teacher.model}",
+                image_size=teacher.image_size or views.image_size,
+                num_layers=teacher.layers,
+                interval=teacher.interval,
+                random=True,
+            )
+    except ValueError as error:
+        yield "model", str(error)

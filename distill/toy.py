@@ -21,6 +21,7 @@ SIZES = {
     "1B": Size(width=80, depth=6, heads=5, mlp_ratio=48 / 11, pooled_width=32),
     "6B": Size(width=96, depth=6, heads=3, pooled_width=32),
 }
+TIMM, TIMM_TEACHER = "test_resnet", "test_vit"  # timm's own toys, in place of any of its models
 SUFFIX = "-toy"  # of every folder that a toy writes to or starts from
 RUN_WEIGHTS = "model.safetensors"  # as a run leaves them; other files are released ones
 
@@ -34,7 +35,9 @@ def toy_recipe(recipe: Recipe) -> Recipe:
     values = recipe.model_dump(mode="json")
     values["run"]["folder"] = _folder(values["run"]["folder"])
     _shrink_data(values["data"])
-    if isinstance(values["model"]["size"], str):
+    if values["model"]["timm"]:
+        values["model"]["timm"] = TIMM
+    elif isinstance(values["model"]["size"], str):
         _shrink_model(values["model"])
     if isinstance(recipe.objective, Classify):
         if values["objective"]["features"]:
@@ -82,6 +85,9 @@ def _shrink_distillation(objective: dict[str, Any]) -> None:
             teacher["size"] = SIZES[teacher["size"]].model_dump(mode="json")
             teacher["layers"] = min(teacher["layers"], 2)
             teacher["weights"], teacher["random"] = None, True
+        elif teacher["model"]:
+            teacher |= {"model": TIMM_TEACHER, "layers": min(teacher["layers"], 2)}
+            teacher |= {"image_size": None, "weights": None, "random": True}
     cache = objective["cache"]
     if cache:
         _in_folder(cache)
@@ -120,7 +126,7 @@ def make_toy_weights(recipe: Recipe) -> None:
     beside other parts) for the `extra` ones. What a run leaves is made by that run alone.
     """
     weights = recipe.model.weights
-    if weights is None or isinstance(recipe.model.size, str):
+    if weights is None or not isinstance(recipe.model.size, Size):
         return
     for section, prefix in ((weights, ""), (weights.extra, "vision_encoder.")):
         if (

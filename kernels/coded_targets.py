@@ -56,6 +56,12 @@ class CodedTargets(NamedTuple):
         """The same of some clips."""
         return self._replace(codes=self.codes[part], scales=self.scales[part])
 
+    def rows(self, part: slice) -> CodedTargets:
+        """The same of some tokens."""
+        return self._replace(
+            codes=self.codes[:, :, part].contiguous(), scales=self.scales[:, :, part].contiguous()
+        )
+
     def layer(self, index: int) -> CodedTargets:
         """The same of one layer."""
         one = slice(index, index + 1)

@@ -38,8 +38,8 @@ class ProjectorSet:
 class DecoderInputs(NamedTuple):
     """What the projectors take: K hidden states [B,M,D] and the pooled vector [B,P].
 
-    `others` are the hidden states for the further teachers by their name. Where a teacher has no
-    class token, they are [B,M-1,D].
+    `others` are the hidden states for the further teachers by their name, [B,M-1,D] for those
+    without a class token.
     """
 
     states: list[Tensor]
@@ -69,7 +69,6 @@ class DistillStudent(VideoViT):
         drop_path: float = 0.0,
         activation: Activation = "gelu_tanh",
         checkpoint_blocks: int = 0,
-        teacher_cls: bool = True,
         others: Mapping[str, ProjectorSet] | None = None,
     ) -> None:
         others = dict(others or {})
@@ -83,11 +82,11 @@ class DistillStudent(VideoViT):
             activation=activation,
             checkpoint_blocks=checkpoint_blocks,
             extra_tables={
-                "clip_": teacher_cls,
+                "clip_": True,
                 **{f"{name}_": projectors.has_cls for name, projectors in others.items()},
             },
         )
-        self.teacher_cls, self.num_layers, self.others = teacher_cls, num_layers, others
+        self.num_layers, self.others = num_layers, others
         wanted = (num_layers, *(projectors.num_layers for projectors in others.values()))
         for count in wanted:
             if not 1 <= count <= size.depth:
@@ -131,9 +130,7 @@ class DistillStudent(VideoViT):
             patches, tokens = self.select_patches(clip, mask)
         h, collected = self.encode(patches, tokens, collect=self.return_layers, keep=keep)
         pooled, _ = self.clip_projector(h)
-        states = self._placed(
-            collected[-self.num_layers :], tokens, prefix="clip_", has_cls=self.teacher_cls
-        )
+        states = self._placed(collected[-self.num_layers :], tokens, prefix="clip_", has_cls=True)
         others = {
             name: self._placed(
                 collected[-projectors.num_layers :],
@@ -198,16 +195,14 @@ def create_student(
     tubelet: int = 1,
     positions: Positions = "joint",
     checkpoint_blocks: int = 0,
-    teacher_cls: bool = True,
     others: Mapping[str, ProjectorSet] | None = None,
 ) -> DistillStudent:
     """Build a student with fresh weights; `decoder` is "mlp" or "linear".
 
-    `teacher_cls` says whether the teacher's rows begin with a class token's, and a
-    `teacher_pooled` of 0 that it has no pooled vector.
-    `others` are further teachers by a name of lower-case letters and digits; stage-1 pretraining
-    calls its second one "mae". Raises ValueError for an unknown size, settings that do not
-    divide, and names that are taken.
+    A `teacher_pooled` of 0 says that the teacher has no pooled vector. `others` are further
+    teachers by a name of lower-case letters and digits; stage-1 pretraining calls its second one
+    "mae". Raises ValueError for an unknown size, settings that do not divide, and names that are
+    taken.
     """
     for kind in (decoder, *(projectors.decoder for projectors in (others or {}).values())):
         if kind not in ("mlp", "linear"):
@@ -231,6 +226,5 @@ def create_student(
         drop_path=drop_path,
         activation=activation,
         checkpoint_blocks=checkpoint_blocks,
-        teacher_cls=teacher_cls,
         others=others,
     )

@@ -148,7 +148,6 @@ class TimmStudent(TimmBackbone):
     there are no further positions.
     """
 
-    teacher_cls = False
     drop_path_rates = (0.0,)
 
     def __init__(
@@ -199,6 +198,7 @@ class TimmClassifier(TimmBackbone):
     """The pooled vector, averaged over frames -> LayerNorm -> dropout -> linear head."""
 
     drop_path_rates = (0.0,)
+    head_drop_path = 0.0
 
     def __init__(
         self, name: str, *, num_classes: int, frames: int, image_size: int, fc_drop: float = 0.0
@@ -217,10 +217,26 @@ class TimmClassifier(TimmBackbone):
             self.trunk.eval()
         return self
 
-    def forward(self, clip: Tensor, *, keep: None = None) -> Tensor:
-        """[B,3,T,H,W], uint8 or normalised floating point, to logits [B,V]."""
-        _, pooled = self.show(clip)
+    def forward(
+        self,
+        clip: Tensor | None = None,
+        *,
+        keep: None = None,
+        head_keep: None = None,
+        features: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Logits [B,V] of clips [B,3,T,H,W], or of `features` as `VideoClassifier`'s."""
+        if features is None:
+            features = self.hidden(clip)
+        pooled = features["hidden"] if "hidden" in features else features["pooled"]
         return self.head(self.fc_dropout(self.fc_norm(pooled)))
+
+    def hidden(self, clip: Tensor) -> dict[str, Tensor]:
+        """What is frozen in a probe: the pooled vector [B,P], which is all that is left of it."""
+        return {"hidden": self.show(clip)[1]}
+
+    def summary(self, h: Tensor) -> dict[str, Tensor]:
+        return {"pooled": h}
 
 
 def load_timm(

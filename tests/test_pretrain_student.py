@@ -108,13 +108,6 @@ def test_every_parameter_of_every_set_learns():
     assert still == []
 
 
-def test_a_first_teacher_may_have_no_class_token():
-    student = make_student(teacher_cls=False, teacher_pooled=0, others=None)
-    assert student.clip_pos_embed.shape == (1, 64, 96)
-    middle, pooled = student(clip(2, 4, 56), visible_mask(2, 64, 13))
-    assert (middle.shape, pooled.shape) == ((3, 2, 13, 80), (2, 48))
-
-
 @pytest.mark.parametrize("name", ["clip", "img", "final_clip", "MAE", ""])
 def test_names_that_are_taken_or_would_not_load_are_refused(name):
     with pytest.raises(ValueError, match="a further teacher's name must be lower-case letters and"):
