@@ -49,8 +49,12 @@ def create_trunk(name: str) -> nn.Module:
 
 
 def resize_features(features: Tensor, *, grid: tuple[int, int, int]) -> Tensor:
-    """[B,C,t,h,w] to another grid: bilinear in space, over an area where it shrinks; then time."""
+    """[B,C,t,h,w] to another grid: bilinear in space, over an area where it shrinks; then time.
+
+    Always in float32, which is what it returns.
+    """
     b, _, t, h, w = features.shape
+    features = features.float()
     if (h, w) != grid[1:]:
         frames = rearrange(features, "b c t h w -> (b t) c h w")
         frames = F.interpolate(frames, size=grid[1:], mode="bilinear", antialias=True)

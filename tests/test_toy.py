@@ -33,6 +33,7 @@ SHRUNK = (
     "data.val.list",
     "data.test.list",
     "model.size",
+    "model.timm",
     "model.checkpoint_blocks",
     "model.weights.checkpoint",
     "model.weights.extra.checkpoint",
