@@ -15,6 +15,7 @@ from distill.shell import (
     clean_exit,
     configure_log,
     load_inputs,
+    missing_of,
     one_stage,
     print_plain,
     recipe_of_cache,
@@ -264,8 +265,8 @@ def plan(
 ) -> None:
     """Say what a recipe will take before anything runs.
 
-    Parameters, steps, learning rate, FLOPs, bytes, memory and hours. Needs neither the videos nor
-    the weights.
+    Parameters, steps, learning rate, FLOPs, bytes, memory and hours, and which of its inputs are
+    missing. Needs neither the videos nor the weights.
     """
     with clean_exit():
         loaded = load_inputs("plan", recipe, overrides)
@@ -285,7 +286,11 @@ def plan(
             for name, stage in recipes_of(loaded).items()
         }
         tables = [(made.name, plan_rows(made)) for made in plans.values()]
-        whole = {name: asdict(made) for name, made in plans.items()}
+        missing = {
+            name: missing_of(loaded, name, stage, verb="train")
+            for name, stage in recipes_of(loaded).items()
+        }
+        whole = {name: {**asdict(made), "missing": missing[name]} for name, made in plans.items()}
         if isinstance(loaded, Students):
             together = plan_together(loaded.name, plans)
             tables.append((f"{loaded.name}, together", together_rows(together)))
@@ -298,6 +303,9 @@ def plan(
             for row in rows:
                 table.add_row(*row)
             rich.print(table)
+        lines = dict.fromkeys(line for part in missing.values() for line in part)
+        if lines:
+            print_plain("\n  ".join(["missing before it can train:", *lines]))
 
 
 @cache_app.command("inspect")

@@ -6,7 +6,7 @@ The training loop knows only this interface.
 import copy
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -135,7 +135,8 @@ class Engine:
     weights as the others, which one process with the whole batch would have within rounding.
     `model` is the part of the objective whose weights are trained and saved, and `prepare` turns
     a batch as it was read into one that the objective takes. With `optim.ema`, `ema_model` has the
-    average of the weights that every step leaves; it begins with those of the start.
+    average of the weights that every step leaves; it begins with those of the start. `groups` are
+    the optimiser's where they are not those of `param_groups`.
     """
 
     def __init__(
@@ -146,6 +147,7 @@ class Engine:
         optim: recipe.Optim,
         prepare: Callable[[dict], dict],
         device: torch.device,
+        groups: list[dict] | None = None,
     ) -> None:
         self.objective, self.model = objective.to(device), model
         self.prepare, self.optim, self.device = prepare, optim, device
@@ -154,7 +156,7 @@ class Engine:
             self.objective = DistributedDataParallel(
                 objective, device_ids=None if device.index is None else [device.index]
             )
-        groups = param_groups(model, optim)
+        groups = param_groups(model, optim) if groups is None else groups
         self.names = {
             name: parameter
             for group in groups
@@ -177,7 +179,7 @@ class Engine:
         self.poison = torch.ones((), device=device)
         self.unchecked: list[tuple[int, Tensor, Tensor, Tensor]] = []
 
-    def step(self, batch: dict, *, step: int, lr: float) -> dict[str, Tensor]:
+    def step(self, batch: dict, *, step: int, lr: float | Sequence[float]) -> dict[str, Tensor]:
         """Accumulate over micro-batches, clip, update; returns means over all the batch's clips.
 
         The results stay on the device: losses by name and `grad_norm`, the norm before clipping,

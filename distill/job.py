@@ -1,8 +1,8 @@
 """From a recipe to what a training loop needs: everything a run reads is opened here."""
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -19,11 +19,14 @@ from distill.data.index import check_videos, read_list
 from distill.data.load import ClipBatches, Quarantine
 from distill.dist import exchange, joined_part, wait_for_all
 from distill.errors import StateError
-from distill.evaluate import labelled_clips
+from distill.evaluate import Share, labelled_clips
+from distill.features import FeatureInputs, evaluation_shelf, open_features, training_shelf
 from distill.mask import make_redraw
 from distill.mixing import augmented_inputs
 from distill.models import build_classifier, build_student, load_recipe_weights
 from distill.objective import ClassifyObjective, DistillObjective
+from distill.probe import ProbeSweep
+from distill.probe_scores import score_features
 from distill.students.vit import VideoViT
 from distill.targets import CachedTargets, LiveTargets
 
@@ -34,7 +37,8 @@ logger = logging.getLogger(__name__)
 class Job:
     """What the loop trains on. `prepare` turns a batch as read into one the objective takes.
 
-    Without epochs to train for, `batches` is None.
+    Without epochs to train for, `batches` is None. `scorers` are, by list, clips and crops, what
+    scores the views of an evaluation where that is not `score_views`.
     """
 
     model: VideoViT
@@ -43,6 +47,12 @@ class Job:
     prepare: Callable[[dict], dict]
     clip_names: Callable[[Sequence[int]], list[str]]
     quarantine: Quarantine | None
+    scorers: Mapping[tuple[str, int, int], Callable[..., Share]] = field(default_factory=dict)
+
+    @property
+    def sweep(self) -> ProbeSweep | None:
+        """The probes of many settings that are trained in the model's place."""
+        return self.objective.sweep if isinstance(self.objective, ClassifyObjective) else None
 
 
 def build_job(
@@ -75,6 +85,8 @@ def build_job(
         model = with_weights(build_classifier(recipe), recipe)
         loss = ClassifyObjective(model, objective, seed=seed)
         return Job(model, loss, None, _as_read, lambda ids: [], None)
+    if not is_live and objective.features is not None:
+        return _build_features_job(recipe, device=device)
     clips = read_list(recipe.data.train, seed=seed) if is_live else labelled_clips(recipe, "train")
     check_videos(clips, recipe.data.train)
     part = joined_part()
@@ -122,6 +134,24 @@ def build_job(
     )
 
 
+def _build_features_job(recipe: schema.Recipe, *, device: torch.device) -> Job:
+    """A probe's job whose frozen backbone looks at each view once, now."""
+    model = with_weights(build_classifier(recipe), recipe)
+    loss = ClassifyObjective(model, recipe.objective, seed=recipe.run.seed)
+    clips = labelled_clips(recipe, "train")
+    cache, quarantine = open_features(recipe, model, training_shelf(recipe), clips, device=device)
+    scorers = {}
+    for key in evaluation_views(recipe):
+        shelf = evaluation_shelf(recipe, key[0], num_clips=key[1], num_crops=key[2])
+        listed = labelled_clips(recipe, key[0])
+        found, left_out = open_features(recipe, model, shelf, listed, device=device)
+        reasons = {entry["id"]: entry["reason"] for entry in left_out.entries}
+        scorers[key] = partial(score_features, found, reasons)
+    batches = CachedBatches(cache, batch_size=recipe.optim.batch_size, seed=recipe.run.seed)
+    prepare = FeatureInputs(clips, device=device)
+    return Job(model, loss, batches, prepare, cache.clip_names, quarantine, scorers)
+
+
 def seen_pixels(recipe: schema.Recipe) -> schema.KeptPixels:
     """What a student takes: a model of timm's cannot leave patches out."""
     return "full" if recipe.model.timm else "visible"
@@ -162,11 +192,21 @@ def check_evaluation(recipe: schema.Recipe) -> None:
     """Raise InputError now for what would stop an evaluation after hours of training."""
     if not isinstance(recipe.objective, schema.Classify):
         return
-    if recipe.data.val is not None and recipe.optim.epochs and recipe.evaluate.every_epochs:
-        check_videos(labelled_clips(recipe, "val"), recipe.data.val)
+    has_features = recipe.objective.features is not None and recipe.optim.epochs > 0
+    for split, _, _ in evaluation_views(recipe):
+        clips = labelled_clips(recipe, split)
+        if not has_features:  # which look for the videos of missing ones alone
+            check_videos(clips, getattr(recipe.data, split))
+
+
+def evaluation_views(recipe: schema.Recipe) -> list[tuple[str, int, int]]:
+    """Lists that a classifier's run evaluates it on, each with its clips and crops."""
+    section, found = recipe.evaluate, []
+    if recipe.data.val is not None and recipe.optim.epochs and section.every_epochs:
+        found.append(("val", 1, 1))
     if has_evaluation(recipe):
-        split = recipe.evaluate.split
-        check_videos(labelled_clips(recipe, split), getattr(recipe.data, split))
+        found.append((section.split, section.clips, section.crops))
+    return list(dict.fromkeys(found))
 
 
 def has_evaluation(recipe: schema.Recipe) -> bool:

@@ -15,6 +15,7 @@ from distill import draw
 from distill.kernels.alignment import alignment
 from distill.kernels.coded_targets import CodedTargets
 from distill.kernels.linear_alignment import linear_alignment
+from distill.probe import ProbeSweep, settings_of
 from distill.recipe import Classify, Distill, of_teacher
 from distill.students.classifier import VideoClassifier
 from distill.students.heads import Decoder
@@ -170,16 +171,20 @@ class ClassifyObjective(nn.Module):
         self.seed = seed
         self.label_smoothing = section.label_smoothing
         self.trainable = section.trainable
+        self.sweep: ProbeSweep | None = None
         frozen = {"all": (), "pool": BACKBONE, "head": BACKBONE + POOL}[section.trainable]
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not name.startswith(frozen))
+        if section.sweep is not None:
+            self.sweep = ProbeSweep(model, settings_of(section.sweep), frozen=frozen)
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """`loss` and `top1` (percent) of clip_id [B], pixels [B,3,T,H,W], label [B] and epoch.
 
         Of a probe, `features` may be there in place of pixels. `repeat` [B], where it is there,
         tells views of one clip apart. Probabilities `target` [B,V] take the label's place; `top1`
-        is then of their largest. Accumulates in float32.
+        is then of their largest. Of a sweep `loss` is the sum over its settings, `top1` that of
+        the best, and there is one loss for each, `loss_00` upwards. Accumulates in float32.
         """
         ids, epoch = batch["clip_id"], batch["epoch"]
         if "repeat" in batch:
@@ -192,12 +197,22 @@ class ClassifyObjective(nn.Module):
             features = batch.get("features")
             if features is None:
                 features = frozen_features(self.model, batch["pixels"], trainable=self.trainable)
-            logits = self.model(features=features, head_keep=head_keep)  # [B,V]
-        logits, label, target = logits.float(), batch["label"], batch.get("target")
+            probe = self.sweep or self.model
+            logits = probe(features=features, head_keep=head_keep)  # [B,V], of a sweep [B,S*V]
+        label, target = batch["label"], batch.get("target")
         if target is not None:
             label = target.argmax(dim=1)
-        loss = F.cross_entropy(
-            logits, label if target is None else target, label_smoothing=self.label_smoothing
-        )
-        top1 = 100 * (logits.detach().argmax(dim=1) == label).float().mean()
-        return {"loss": loss, "top1": top1}
+        each = (logits,) if self.sweep is None else self.sweep.split(logits)
+        losses = [
+            F.cross_entropy(
+                one.float(),
+                label if target is None else target,
+                label_smoothing=self.label_smoothing,
+            )
+            for one in each
+        ]
+        top1 = [100 * (one.detach().argmax(dim=1) == label).float().mean() for one in each]
+        if self.sweep is None:
+            return {"loss": losses[0], "top1": top1[0]}
+        named = {f"loss_{number:02d}": loss.detach() for number, loss in enumerate(losses)}
+        return {"loss": sum(losses), "top1": torch.stack(top1).max(), **named}

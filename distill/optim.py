@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -111,7 +111,8 @@ def make_schedule(optim: recipe.Optim, *, steps_per_epoch: int) -> Schedule:
     )
 
 
-def set_lr(groups: Iterable[dict], lr: float) -> None:
-    """Give every group its share of the step's learning rate."""
+def set_lr(groups: Iterable[dict], lr: float | Sequence[float]) -> None:
+    """Give every group its share of the step's learning rate, or of that of its `setting`."""
     for group in groups:
-        group["lr"] = lr * group["lr_scale"]
+        own = lr if isinstance(lr, float) else lr[group["setting"]]
+        group["lr"] = own * group["lr_scale"]

@@ -28,8 +28,6 @@ def load_inputs(
     stage: str | None = None,
 ) -> "Recipe | Study | Students":
     """The recipe, once all that `verb` will read is there; raises InputError otherwise."""
-    from distill.recipe import Students
-    from distill.recipe_check import missing_inputs
     from distill.recipe_file import load_recipe, shipped_recipes
 
     if name is None:
@@ -50,11 +48,10 @@ def load_inputs(
 
         make_toy_weights(toy)
     wait_for_all()
-    kind = "student" if isinstance(loaded, Students) else "stage"
     lines = [
         f"{name}: {line}"
         for part, one in stages.items()
-        for line in missing_inputs(one, verb, **{kind: part})
+        for line in missing_of(loaded, part, one, verb=verb)
     ]
     if lines:
         raise InputError("\n".join(dict.fromkeys(lines)))  # students miss the same list
@@ -65,6 +62,21 @@ def load_inputs(
         make_demo(demo)
     wait_for_all()
     return loaded
+
+
+def missing_of(
+    loaded: "Recipe | Study | Students",
+    part: str | None,
+    recipe: "Recipe",
+    *,
+    verb: Literal["train", "cache-teacher", "evaluate"],
+) -> list[str]:
+    """What `verb` would read of a stage or student of a recipe and is not there, line by line."""
+    from distill.recipe import Students
+    from distill.recipe_check import missing_inputs
+
+    kind = "student" if isinstance(loaded, Students) else "stage"
+    return missing_inputs(recipe, verb, **{kind: part})
 
 
 def recipe_of_cache(

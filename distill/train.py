@@ -46,7 +46,7 @@ from distill.engine import (
     using_kernels,
 )
 from distill.errors import StateError
-from distill.evaluate import evaluate
+from distill.evaluate import evaluate, score_views
 from distill.interrupt import Interrupted, StopRequest
 from distill.job import (
     Job,
@@ -56,7 +56,8 @@ from distill.job import (
     has_evaluation,
     open_cache,
 )
-from distill.optim import make_schedule
+from distill.probe import make_schedules, sweep_summary, update_records
+from distill.probe_scores import evaluate_settings
 from distill.run_folder import SUMMARY, claim_folder
 
 SHOWN_CLIPS = 4  # of a step's clips in a message; all of them go to a file
@@ -68,7 +69,8 @@ logger = logging.getLogger(__name__)
 class Position:
     """Where a run stands: steps done in all and in this epoch, the last and the best values.
 
-    Of clips that a hybrid run has `read`, `cached` came from the cache.
+    Of clips that a hybrid run has `read`, `cached` came from the cache. `sweep` says how each
+    setting of a sweep does.
     """
 
     epoch: int = 0
@@ -79,6 +81,7 @@ class Position:
     cached: int = 0
     last: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
+    sweep: list[dict[str, float]] = field(default_factory=list)
 
 
 def train(recipe: schema.Recipe, folder: str | Path) -> dict:
@@ -201,9 +204,17 @@ class Run:
         self.recipe, self.job, self.folder = recipe, job, folder
         self.stream, self.device, self.stop = stream, device, stop
         self.checkpoints = folder / "checkpoints"
-        self.schedule = make_schedule(recipe.optim, steps_per_epoch=job.batches.steps_per_epoch)
+        self.sweep, steps = job.sweep, job.batches.steps_per_epoch
+        settings = self.sweep.settings if self.sweep else ()
+        self.schedules = make_schedules(recipe.optim, settings, steps_per_epoch=steps)
+        self.num_steps = self.schedules[0].num_steps
         self.engine = Engine(
-            job.objective, job.model, optim=recipe.optim, prepare=job.prepare, device=device
+            job.objective,
+            self.sweep.parts if self.sweep else job.model,
+            optim=recipe.optim,
+            prepare=job.prepare,
+            device=device,
+            groups=self.sweep and self.sweep.param_groups(recipe.optim),
         )
         self.at = self.resume()
         self.is_first = joined_part().index == 0
@@ -244,7 +255,7 @@ class Run:
             closing(log.RunLog(self.folder, step=self.at.step)) as self.log,
             log.progress(
                 f"train {self.recipe.name}",
-                total=self.schedule.num_steps,
+                total=self.num_steps,
                 unit="steps",
                 done=self.at.step,
             ) as self.bar,
@@ -265,18 +276,18 @@ class Run:
     def step(self, batch: dict) -> None:
         """One optimiser step, and what is due after it."""
         at, run = self.at, self.recipe.run
-        lr = self.schedule.lr_at(at.step)
+        lrs = [schedule.lr_at(at.step) for schedule in self.schedules]
         own = 0 if batch.get("is_spare") else len(batch["clip_id"])
         batch["num_clips"] = sum(clips for (clips,) in exchange(own))
-        losses = self.engine.step(batch, step=at.step + 1, lr=lr)
+        losses = self.engine.step(batch, step=at.step + 1, lr=lrs if self.sweep else lrs[0])
         at.step += 1
         at.step_in_epoch += 1
         self.bar.advance()
         self.meter.clips += batch["num_clips"]
         if "is_cached" in batch:
             self.count_hits(batch["is_cached"])
-        if at.step % run.log_steps == 0 or at.step == self.schedule.num_steps:
-            self.log_step(losses, lr=lr)
+        if at.step % run.log_steps == 0 or at.step == self.num_steps:
+            self.log_step(losses, lr=max(lrs))
         told = exchange(self.stop.signum, time.monotonic() - self.saved_at > 60 * run.save_minutes)
         if told[0][1]:  # the first process's clock counts
             self.save()
@@ -310,7 +321,7 @@ class Run:
         is_best = False
         is_classifier = isinstance(self.recipe.objective, schema.Classify)
         if is_classifier and self.recipe.data.val and every and (at.epoch + 1) % every == 0:
-            result = self.check_on_val(self.job.model, "")
+            result = self.check_settings() if self.sweep else self.check_on_val(self.job.model, "")
             scores = {f"val/{name}": result[name] for name in ("top1", "top5")}
             if self.engine.ema_model is not None:
                 averaged = self.check_on_val(self.engine.ema_model, " with averaged weights")
@@ -320,11 +331,31 @@ class Run:
             is_best = not at.best or result["top1"] > at.best["top1"]
             if is_best:
                 at.best = {"top1": result["top1"], "epoch": at.epoch, "step": at.step}
+                if self.sweep:
+                    at.best["setting"] = result["setting"]
         at.epoch, at.step_in_epoch = at.epoch + 1, 0
         if is_best or at.epoch == self.recipe.optim.epochs:
             self.save()
         # Evaluating and saving do not count as time of the next steps.
         self.meter.read(self.stream.wait_seconds)
+
+    def check_settings(self) -> dict:
+        """One view of each clip of `val` for all settings of a sweep; the result of the best."""
+        results = evaluate_settings(
+            self.sweep,
+            self.recipe,
+            device=self.device,
+            score=self.job.scorers.get(("val", 1, 1), score_views),
+            on_batch=self.stop.check,
+        )
+        self.at.sweep = update_records(self.at.sweep, results, epoch=self.at.epoch)
+        best = max(range(len(results)), key=lambda number: results[number]["top1"])
+        logger.info(
+            "epoch %d: top-1 %.2f, top-5 %.2f on val with %s, the best of %d settings",
+            *(self.at.epoch, results[best]["top1"], results[best]["top5"]),
+            *(self.sweep.settings[best], len(results)),
+        )
+        return {**results[best], "setting": best}
 
     def check_on_val(self, model: torch.nn.Module, which: str) -> dict:
         """One view of each clip of `val`."""
@@ -335,6 +366,7 @@ class Run:
             num_clips=1,
             num_crops=1,
             device=self.device,
+            score=self.job.scorers.get(("val", 1, 1), score_views),
             on_batch=self.stop.check_alone,
         )
         logger.info(
@@ -382,8 +414,14 @@ def finish(
 ) -> dict:
     """Write the final weights, evaluate a classifier with all its views, write the summary.
 
-    Averaged weights are written and evaluated too, with the results in the folder `ema`.
+    Of a sweep they are those of the setting, and of the epoch, that did best on `val`. Averaged
+    weights are written and evaluated too, with the results in the folder `ema`.
     """
+    sweep = None
+    if job.sweep:
+        best = load_checkpoint(step_folder(folder / "checkpoints", int(at.best["step"])))
+        job.sweep.take(best.weights, int(at.best["setting"]))
+        sweep = sweep_summary(job.sweep.settings, at.sweep, int(at.best["setting"]))
     models = {"": (job.model, folder / WEIGHTS_FILE, folder)}
     if ema_model is not None:
         models["ema"] = ema_model, folder / EMA_FILE, folder / "ema"
@@ -405,13 +443,15 @@ def finish(
         "evaluation": None,
         "weights": str(folder / WEIGHTS_FILE),
         "ema": None,
+        "sweep": sweep,
         "device": str(device),
     }
     if ema_model is not None:
         summary["ema"] = {"evaluation": None, "weights": str(folder / EMA_FILE)}
     if at.best:
         best = step_folder(folder / "checkpoints", int(at.best["step"]))
-        summary["best_on_val"] = {**at.best, "weights": str(best / "model.safetensors")}
+        file = folder / WEIGHTS_FILE if job.sweep else best / WEIGHTS_FILE
+        summary["best_on_val"] = {**at.best, "weights": str(file)}
     if job.quarantine and job.quarantine.entries:
         logger.warning(
             "%s: went on without %d clips that could not be read; %s says why",
@@ -421,6 +461,7 @@ def finish(
         )
     if isinstance(recipe.objective, schema.Classify) and has_evaluation(recipe):
         section = recipe.evaluate
+        views = (section.split, section.clips, section.crops)
         long = ("missing", "incomplete", "unreadable", "manifest")  # they are in evaluation.json
         for name, (model, path, place) in models.items():
             place.mkdir(exist_ok=True)
@@ -433,6 +474,7 @@ def finish(
                 device=device,
                 folder=place,
                 weights=path,
+                score=job.scorers.get(views, score_views),
                 on_batch=stop.check_alone,
             )
             about = summary[name] if name else summary

@@ -264,7 +264,7 @@ def test_a_killed_build_goes_on_and_redoes_nothing(built, videos, tmp_path):
 def test_batches_keep_their_places_whatever_is_done_already(videos):
     clips = read_list(make_recipe(videos, "unused").data.train)
     wanted = np.array([[1, 1, 0, 1, 0, 0, 1], [0, 1, 1, 1, 1, 1, 1]], bool)
-    batches = cache_build._batches(clips, wanted, size=3)
+    batches = cache_build.fixed_batches(clips, wanted, size=3)
     places = [[(clips.index(task.clip), task.view) for task in batch] for batch in batches]
     assert places == [
         [(0, 0), (1, 0)],

@@ -121,7 +121,7 @@ def build_cache(
     total = int(is_own.sum()) * section.cache.views
     written = size_bytes = 0
     if own.any():
-        _check_writable(folder)  # rather than after the means were measured
+        check_writable(folder)  # rather than after the means were measured
         # A wrong folder would fill the quarantine.
         check_videos([clips[i] for i in np.flatnonzero(wanted.any(axis=0))], recipe.data.train)
         with using_kernels(recipe.run.kernels, pick_device()):
@@ -167,7 +167,7 @@ def build_cache(
     )
 
 
-def _check_writable(folder: Folder) -> None:
+def check_writable(folder: Folder) -> None:
     """Raise StateError now for what would stop a build at its first shard."""
     name = temporary_name()
     folder.write(name, b"nothing yet")
@@ -228,7 +228,7 @@ def _write(
             shard_bytes=cache.shard_mb * MEGABYTE,
             shard_seconds=60 * cache.shard_minutes,
         ) as writer,
-        closing(loader.run(_batches(clips, wanted, size=cache.batch_size))) as batches,
+        closing(loader.run(fixed_batches(clips, wanted, size=cache.batch_size))) as batches,
     ):
         for items in batches:
             if items:
@@ -242,7 +242,7 @@ def _quarantine(recipe: Recipe, folder: Folder, clips: list[Clip]) -> Quarantine
     return open_quarantine(folder, clips=clips, max_share=recipe.data.max_quarantined)
 
 
-def _batches(clips: list[Clip], wanted: np.ndarray, *, size: int) -> Iterator[list[Task]]:
+def fixed_batches(clips: list[Clip], wanted: np.ndarray, *, size: int) -> Iterator[list[Task]]:
     """Tasks view by view, cut at fixed places of the list, without what is there already.
 
     A teacher's rounding depends on the batch, so fixed batches make a resumed cache equal to an

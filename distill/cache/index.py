@@ -125,7 +125,7 @@ def load_index(folder: Folder, identity: dict) -> CacheIndex:
             raise StateError(
                 f"{folder.at(next(iter(part.sizes)))}: its records are laid out otherwise than "
                 f"those of {next(iter(parts[0].sizes))}; delete the one that is wrong and run "
-                "'distill cache-teacher' again"
+                f"'{folder.made_by}' again"
             )
     fields = parts[0].fields if parts else ()
     columns = _merged(parts, list(sizes)) if names or not is_of_some else manifest.columns

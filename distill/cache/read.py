@@ -34,6 +34,7 @@ TORCH = {
     "int8": torch.int8,
     "int16": torch.int16,
     "int32": torch.int32,
+    "int64": torch.int64,
     "float16": torch.float16,
     "float32": torch.float32,
 }

@@ -248,8 +248,8 @@ def read_shard_index(folder: Folder, name: str, *, size_bytes: int | None = None
         )
     except (ValueError, KeyError, TypeError) as error:
         raise StateError(
-            f"{folder.at(name)}: damaged shard ({error}); delete it and run 'distill "
-            "cache-teacher' again to make its records anew"
+            f"{folder.at(name)}: damaged shard ({error}); delete it and run "
+            f"'{folder.made_by}' again to make its records anew"
         ) from error
 
 
@@ -300,8 +300,8 @@ class ShardReader:
         if not is_whole or checksum.intdigest() != xxh3:
             raise StateError(
                 f"{self.folder.at(name)}: the record of clip {key[0]} in view {key[1]} is damaged "
-                "(its checksum differs); delete the shard and run 'distill cache-teacher' again to "
-                "make its records anew"
+                "(its checksum differs); delete the shard and run "
+                f"'{self.folder.made_by}' again to make its records anew"
             )
 
     @contextlib.contextmanager

@@ -23,6 +23,7 @@ import fsspec
 
 from distill.errors import InputError, StateError
 
+MADE_BY = "distill cache-teacher"  # what makes a view cache
 EXTRAS = {"s3": "s3", "s3a": "s3"}  # protocol: the extra that installs what it needs
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -34,9 +35,9 @@ class LocalFolder:
 
     is_local = True
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, made_by: str = MADE_BY) -> None:
         self.path = Path(path)
-        self.url = str(path)
+        self.url, self.made_by = str(path), made_by
 
     def __str__(self) -> str:
         return self.url
@@ -138,8 +139,8 @@ class RemoteFolder:
 
     is_local = False
 
-    def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
+    def __init__(self, url: str, *, made_by: str = MADE_BY) -> None:
+        self.url, self.made_by = url.rstrip("/"), made_by
         with reported(self.url, "opened"):
             self._files, self._root = fsspec.url_to_fs(self.url)
 
@@ -222,9 +223,10 @@ class RemoteFolder:
 Folder = LocalFolder | RemoteFolder
 
 
-def open_folder(url: str | Path | Folder) -> Folder:
+def open_folder(url: str | Path | Folder, *, made_by: str = MADE_BY) -> Folder:
     """A cache's folder by its path or URL, such as s3://bucket/caches/k400; it need not exist.
 
+    `made_by` is the command that makes what is missing there, for messages.
     Raises InputError for a protocol that is not known or not installed.
     """
     if isinstance(url, Folder):
@@ -232,16 +234,17 @@ def open_folder(url: str | Path | Folder) -> Folder:
     if is_url(url):
         protocol = url.partition("://")[0]
         if protocol in ("file", "local"):
-            return LocalFolder(Path(urlsplit(url).netloc + urlsplit(url).path))
+            path = Path(urlsplit(url).netloc + urlsplit(url).path)
+            return LocalFolder(path, made_by=made_by)
         try:
-            return RemoteFolder(url)
+            return RemoteFolder(url, made_by=made_by)
         except ImportError as error:
             extra = EXTRAS.get(protocol)
             install = f"pip install 'distill-video[{extra}]'" if extra else f"{error}"
             raise InputError(f"{url}: {protocol}:// needs another package: {install}") from error
         except ValueError as error:
             raise InputError(f"{url}: no such protocol as {protocol}://") from error
-    return LocalFolder(Path(url).expanduser())
+    return LocalFolder(Path(url).expanduser(), made_by=made_by)
 
 
 def is_url(path: str | Path) -> bool:

@@ -1,0 +1,1 @@
+"""One script a table; results lie beside them (see README.md)."""
