@@ -7,7 +7,7 @@ Students are several distillations at once, which share what is read from one vi
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator
 
 if TYPE_CHECKING:
     from distill.students.vit import ViTSize
@@ -256,6 +256,12 @@ class Distill(Section):
         "cached", description="hybrid reads what the cache has and makes the rest on the spot"
     )
     cache: Cache | None = None
+
+    @field_validator("others")
+    @classmethod
+    def _in_order(cls, others: dict[str, OtherTeacher]) -> dict[str, OtherTeacher]:
+        """By name, so that their order in a file has no say in a record or a student."""
+        return dict(sorted(others.items()))
 
     @property
     def teachers(self) -> dict[str, Teacher]:

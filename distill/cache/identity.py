@@ -97,7 +97,7 @@ def _settings(teacher: Teacher, recipe: Recipe, place: str) -> dict:
 def other_teachers(identity: dict) -> list[str]:
     """Names of the teachers, beside the main one, that a cache of this identity has rows of."""
     pattern = re.compile(re.escape(OTHERS) + r"([a-z0-9]+) blocks")
-    return [match[1] for match in map(pattern.fullmatch, identity) if match]
+    return sorted(match[1] for match in map(pattern.fullmatch, identity) if match)
 
 
 def distill_section(recipe: Recipe) -> Distill:
