@@ -9,7 +9,6 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from distill import draw
@@ -147,6 +146,8 @@ def test_resizing_is_pils_and_sees_the_crop_alone():
 )
 def test_plain_resizes_are_torchs_without_antialias(crop):
     """The box's own pixels in training, the whole frame's in evaluation; rounded to uint8."""
+    import torch  # not at the top: a process that imports this file does without it
+
     frames = np.random.default_rng(0).integers(0, 256, (2, 40, 60, 3), dtype=np.uint8)
     if crop.resize == (70, 160):
         frames = np.ascontiguousarray(frames.transpose(0, 2, 1, 3)[:, :, :26])
