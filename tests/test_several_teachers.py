@@ -16,7 +16,7 @@ from test_cache_build import BUILD, no_progress, write_videos
 from torch.testing import assert_close
 
 from distill.cache.build import build_cache
-from distill.cache.identity import cache_identity
+from distill.cache.identity import cache_identity, other_teachers
 from distill.cache.inspect import inspect_cache, open_any
 from distill.cache.read import Cache
 from distill.cache.recompute import recompute
@@ -48,6 +48,15 @@ VIDEO = {
     "interval": 1,
     "decoder": "linear",
 }
+IMAGE = {
+    "kind": "timm",
+    "model": "test_vit",
+    "random": True,
+    "image_size": 64,
+    "layers": 2,
+    "interval": 1,
+}
+ALL = {"mae": MAE, "video": VIDEO, "image": IMAGE}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +86,7 @@ def make_recipe(clips, folder, *, others=None, teacher=None, objective=None, **c
                     "interval": 1,
                     **(teacher or {}),
                 },
-                "others": {"mae": MAE, "video": VIDEO} if others is None else others,
+                "others": ALL if others is None else others,
                 "mask": {"kind": "attention-per-frame", "ratio": 0.75},
                 "cache": {
                     "folder": str(folder),
@@ -131,6 +140,8 @@ def test_a_record_holds_what_each_teacher_says_of_its_own_frames(built):
         "scales.mae": (2, 16),
         "codes.video": (1, 17, 80),
         "scales.video": (1, 17),
+        "codes.image": (2, 16, 64),
+        "scales.image": (2, 16),
         "pooled": (48,),
         "attention": (64,),
     }
@@ -172,11 +183,12 @@ def test_cached_and_live_runs_have_the_same_losses(clips, tokens, tmp_path):
     found, expected = metrics(tmp_path / "cached"), metrics(tmp_path / "live")
     names = ["loss", "middle", "pooled", "layer_00", "layer_01"]
     names += ["mae", "mae_layer_00", "mae_layer_01", "video", "video_layer_00"]
+    names += ["image", "image_layer_00", "image_layer_01"]
     assert len(found) == len(expected) == 6
     for mine, theirs in zip(found, expected, strict=True):
         for name in names:
             assert mine[name] == pytest.approx(theirs[name], abs=1e-3)
-        parts = mine["middle"] + mine["pooled"] + 0.5 * mine["mae"] + mine["video"]
+        parts = mine["middle"] + mine["pooled"] + 0.5 * mine["mae"] + mine["video"] + mine["image"]
         assert mine["loss"] == pytest.approx(parts, rel=1e-5)
         assert mine["mae"] == pytest.approx((mine["mae_layer_00"] + mine["mae_layer_01"]) / 2)
     assert set(names) <= set(summary["last"])
@@ -190,7 +202,7 @@ def test_codes_of_eight_bits_change_the_losses_by_their_rounding(built, tmp_path
     for name, recipe in (("cached", built), ("live", live)):
         train(recipe, tmp_path / name)
     for mine, theirs in zip(metrics(tmp_path / "cached"), metrics(tmp_path / "live"), strict=True):
-        for name in ("loss", "middle", "mae", "video"):
+        for name in ("loss", "middle", "mae", "video", "image"):
             assert mine[name] == pytest.approx(theirs[name], abs=5e-3)
 
 
@@ -217,10 +229,10 @@ def test_a_killed_build_goes_on_with_all_teachers(built, clips, tmp_path):
             np.testing.assert_array_equal(found[key][name], value, err_msg=name)
 
 
-@pytest.mark.parametrize("names", [(), ("mae",), ("video",)])
+@pytest.mark.parametrize("names", [(), ("mae",), ("video", "image")])
 def test_fewer_teachers_are_read_from_a_cache_of_more(built, clips, tmp_path, names):
     folder = built.objective.cache.folder
-    others = {name: {"mae": MAE, "video": VIDEO}[name] for name in names}
+    others = {name: ALL[name] for name in names}
     if "mae" in names:
         others["mae"] = {**MAE, "layers": 1}
     part = make_recipe(clips, folder, others=others, teacher={"layers": 1})
@@ -230,7 +242,8 @@ def test_fewer_teachers_are_read_from_a_cache_of_more(built, clips, tmp_path, na
     assert {name for name in found if name.startswith("middle.")} == {f"middle.{n}" for n in names}
     assert_close(found["middle"], expected["middle"][1:])
     for name in names:
-        assert_close(found[f"middle.{name}"], expected[f"middle.{name}"][-1:])
+        layers = 1 if name == "mae" else ALL[name]["layers"]
+        assert_close(found[f"middle.{name}"], expected[f"middle.{name}"][-layers:])
     losses = job.objective(found)
     assert losses["loss"].isfinite() and set(names) <= set(losses)
     assert verify_cache(folder, recipe=part, progress=no_progress).problems == []
@@ -240,7 +253,7 @@ def test_more_teachers_than_are_cached_are_refused(clips, tmp_path):
     folder = tmp_path / "cache"
     alone = make_recipe(clips, folder, others={"video": VIDEO})
     build_cache(alone, progress=no_progress)
-    more = make_recipe(clips, folder)
+    more = make_recipe(clips, folder, others={"mae": MAE, "video": VIDEO})
     line = (
         f"cache {folder}: holds nothing of objective.others.mae; leave that teacher out of the "
         "recipe, or set objective.cache.folder to a new folder and run 'distill cache-teacher'"
@@ -276,7 +289,7 @@ def test_no_setting_of_a_teacher_is_without_a_test(built):
 
 def test_another_kind_of_teacher_is_named(built, clips):
     folder = built.objective.cache.folder
-    kind = {"mae": {**MAE, "kind": "internvideo2"}, "video": VIDEO}
+    kind = {**ALL, "mae": {**MAE, "kind": "internvideo2"}}
     for other, line in (
         (
             make_recipe(clips, folder, others=kind),
@@ -294,15 +307,29 @@ def test_another_kind_of_teacher_is_named(built, clips):
 @pytest.mark.parametrize(("change", "line"), SETTINGS)
 def test_another_setting_of_a_teacher_is_named(built, clips, change, line):
     folder = built.objective.cache.folder
-    other = make_recipe(clips, folder, others={"mae": {**MAE, **change}, "video": VIDEO})
+    other = make_recipe(clips, folder, others={**ALL, "mae": {**MAE, **change}})
     with pytest.raises(StateError) as error:
         Cache.open(folder, other, allow_missing=True)
     assert str(error.value).startswith(f"cache {folder}: holds objective.others.mae{line}")
 
 
+def test_a_model_of_timms_and_its_image_size_are_named(built, clips):
+    folder = built.objective.cache.folder
+    for change, line in (
+        (
+            {"model": "test_vit2"},
+            "model test_vit, the recipe asks for test_vit2; set objective.oth",
+        ),
+        ({"image_size": 32}, "image_size 64, the recipe asks for 32; set objective.others.image.i"),
+    ):
+        other = make_recipe(clips, folder, others={**ALL, "image": {**IMAGE, **change}})
+        with pytest.raises(StateError, match=f"holds objective.others.image.{line}"):
+            Cache.open(folder, other)
+
+
 def test_the_activation_is_part_of_every_teacher_that_has_one(built, clips):
     folder = built.objective.cache.folder
-    video = {"mae": MAE, "video": {**VIDEO, "activation": "gelu"}}
+    video = {**ALL, "video": {**VIDEO, "activation": "gelu"}}
     for other, place in (
         (make_recipe(clips, folder, teacher={"activation": "gelu"}), "teacher"),
         (make_recipe(clips, folder, others=video), "others.video"),
@@ -312,22 +339,34 @@ def test_the_activation_is_part_of_every_teacher_that_has_one(built, clips):
             Cache.open(folder, other)
 
 
+def test_the_order_of_teachers_has_no_say(clips):
+    """In the fields of a record, in the losses, or in a student's first weights."""
+    orders = [ALL, dict(reversed(ALL.items()))]
+    recipes = [make_recipe(clips, "unused", others=order) for order in orders]
+    assert recipes[0] == recipes[1]
+    for recipe in recipes:
+        assert list(recipe.objective.others) == ["image", "mae", "video"]
+        assert other_teachers(cache_identity(recipe)) == ["image", "mae", "video"]
+
+
 def test_settings_of_a_loss_are_not_a_caches(built, clips):
     folder = built.objective.cache.folder
-    others = {"mae": {**MAE, "weight": 2.0, "decoder": "linear"}, "video": VIDEO}
+    others = {**ALL, "mae": {**MAE, "weight": 2.0, "decoder": "linear"}}
     assert cache_identity(make_recipe(clips, folder, others=others)) == cache_identity(built)
 
 
 def test_a_cache_of_several_teachers_is_inspected_and_verified(built):
     folder = built.objective.cache.folder
     report = inspect_cache(folder)
-    assert [layer.teacher for layer in report.layers] == ["", "", "mae", "mae", "video"]
+    teachers = [layer.teacher for layer in report.layers]
+    assert teachers == ["", "", "image", "image", "mae", "mae", "video"]
     assert report.field_bytes["codes.mae"] == 2 * 16 * 64
     assert report.visible_by_frame == pytest.approx([0.25] * 4)
     assert verify_cache(folder, recipe=built, progress=no_progress).problems == []
     again = recompute(open_any(folder), built, 4, progress=no_progress)
     assert again.problems == [] and again.same_pixels == again.same_tokens == 4
-    expected = ["layer 0", "layer 1", "mae layer 0", "mae layer 1", "video layer 0", "pooled"]
+    expected = ["layer 0", "layer 1", "image layer 0", "image layer 1"]
+    expected += ["mae layer 0", "mae layer 1", "video layer 0", "pooled"]
     assert list(again.rows) == expected
     assert all(0 < again.rows[name].expected < 1e-3 for name in expected[:-1])
 
