@@ -88,19 +88,25 @@ def train(recipe: RecipeArgument = None, overrides: OverridesArgument = None) ->
 
 def _trained(loaded: "Recipe | Study | Students") -> Iterator[str | Table]:
     """Train, and give what there is to say of it."""
+    from distill.probe import sweep_table
     from distill.recipe import Students, Study
     from distill.study import results_table, run_students, run_study, table_rows
     from distill.train import train as train_recipe
 
-    rows = []
+    rows, summaries = [], {}
     if isinstance(loaded, Study):
-        rows = run_study(loaded)["rows"]
+        summary = run_study(loaded)
+        rows, summaries = summary["rows"], summary["stages"]
     elif isinstance(loaded, Students):
         for name, summary in run_students(loaded)["students"].items():
             loss = f", loss {summary['last']['loss']:.4f}" if summary["last"] else ""
             yield f"{name}: {summary['steps']:,} steps{loss}: {summary['weights']}"
     else:
-        rows = table_rows({loaded.name: train_recipe(loaded, Path(loaded.run.folder))})
+        summaries = {loaded.name: train_recipe(loaded, Path(loaded.run.folder))}
+        rows = table_rows(summaries)
+    for name, summary in summaries.items():
+        if summary.get("sweep"):
+            yield sweep_table(summary["sweep"], title=name)
     if rows:
         yield results_table(rows, title=loaded.name)
     yield f"{loaded.run.folder}: done; summary.json holds the results"

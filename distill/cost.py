@@ -15,6 +15,7 @@ from distill.cache.codes import row_bytes
 from distill.mask import num_kept, num_races, num_visible, token_grid
 from distill.models import build_model, meta_teacher, teacher_shape
 from distill.recipe import MAIN, Distill, Recipe, of_teacher, vit_size
+from distill.students.classifier import MERGES
 from distill.students.vit import PATCH, VideoViT, ViTSize, resolve_size
 from distill.teachers import Teacher
 
@@ -109,7 +110,8 @@ def student_cost(recipe: Recipe, *, embed_all: bool = False) -> StepCost:
     """What a training step costs as executed, or were all patches embedded and then masked.
 
     The backward takes twice the forward, except that the patch embedding has no input to pass a
-    gradient to; checkpointed blocks run forward twice.
+    gradient to; checkpointed blocks run forward twice. What is frozen only runs forward, and not
+    in a step at all where its features are cached; of a sweep every setting trains its own.
     """
     if recipe.model.timm:
         return _counted_student(recipe)
@@ -128,10 +130,13 @@ def student_cost(recipe: Recipe, *, embed_all: bool = False) -> StepCost:
         case "all":
             recomputed = min(recipe.model.checkpoint_blocks, size.depth) * blocks // size.depth
             step = 3 * forward - embed + recomputed
-        case "pool":
-            step = forward + 2 * (pool + heads)
-        case "head":
-            step = forward + 2 * heads
+        case "pool" | "head":
+            trained = pool + heads if trainable == "pool" else heads
+            sweep = objective.sweep
+            settings = len(sweep.lrs) * len(sweep.weight_decays) if sweep else 1
+            step = 3 * trained * settings
+            if objective.features is None:
+                step += forward - trained
     return StepCost(forward=2e-12 * forward, step=2e-12 * step)
 
 
@@ -217,6 +222,19 @@ def record_bytes(recipe: Recipe) -> dict[str, int]:
     if main.has_attention:
         fields["attention"] = 4 * patches
     return fields
+
+
+def feature_bytes(recipe: Recipe) -> dict[str, int]:
+    """Bytes of the fields of one view's cached features; frame numbers and the like come on top."""
+    section, size = recipe.objective, resolve_size(vit_size(recipe.model.size))
+    fields = {"pixels_hash": 8}
+    if section.trainable == "pool":
+        return {**fields, "hidden": 2 * (num_tokens(recipe)[0] + 1) * size.width}
+    per_frame, with_pooled = MERGES.get(section.probe, (None, True))
+    if per_frame is not None:
+        steps = recipe.data.views.frames // recipe.model.tubelet if per_frame else 1
+        fields["tokens"] = 2 * (1 + steps) * size.width
+    return {**fields, "pooled": 2 * size.pooled_width} if with_pooled else fields
 
 
 def activation_bytes(recipe: Recipe) -> int:

@@ -11,6 +11,7 @@ from distill.cost import (
     StepCost,
     activation_bytes,
     count_parameters,
+    feature_bytes,
     num_tokens,
     record_bytes,
     record_tokens,
@@ -23,7 +24,7 @@ from distill.data.index import read_list
 from distill.errors import InputError
 from distill.models import build_model
 from distill.optim import make_schedule
-from distill.recipe import Distill, Recipe, Size, Teacher
+from distill.recipe import Classify, Distill, Recipe, Size, Teacher
 
 SUSTAINED_TFLOPS = 400.0  # a guess for one H100 in half precision, about 40 % of its peak
 
@@ -68,6 +69,17 @@ class CachePlan:
 
 
 @dataclass(frozen=True)
+class FeaturesPlan:
+    """What keeping a frozen backbone's features of the training views takes, evaluations aside."""
+
+    views: int
+    record_bytes: dict[str, int]
+    view_bytes: int
+    total_bytes: int
+    build_hours: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """A recipe in numbers."""
 
@@ -92,6 +104,7 @@ class Plan:
     sustained_tflops: float
     teacher: TeacherPlan | None = None
     cache: CachePlan | None = None
+    features: FeaturesPlan | None = None
 
 
 @dataclass(frozen=True)
@@ -129,7 +142,16 @@ def make_plan(recipe: Recipe, *, sustained_tflops: float = SUSTAINED_TFLOPS) -> 
     parameters = count_parameters(partial(build_model, recipe))
     micro_batch = min(optim.micro_batch or optim.batch_size, optim.batch_size)
     memory = parameters * PARAMETER_BYTES + micro_batch * activation_bytes(recipe)
-    teacher = cache = None
+    teacher = cache = features = None
+    if isinstance(section, Classify) and section.features is not None:
+        fields, kept = feature_bytes(recipe), section.features.views
+        features = FeaturesPlan(
+            views=kept,
+            record_bytes=fields,
+            view_bytes=sum(fields.values()),
+            total_bytes=sum(fields.values()) * clips * kept,
+            build_hours=_hours(kept * clips * cost.forward, sustained_tflops),
+        )
     if isinstance(section, Distill):
         teacher = _plan_teacher(recipe, clips, cost, sustained_tflops)
         if section.targets == "live":
@@ -158,6 +180,7 @@ def make_plan(recipe: Recipe, *, sustained_tflops: float = SUSTAINED_TFLOPS) -> 
         sustained_tflops=sustained_tflops,
         teacher=teacher,
         cache=cache,
+        features=features,
     )
 
 
@@ -255,7 +278,11 @@ def plan_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     )
     yield "model", f"{plan.size}: {plan.parameters:,} parameters, {plan.tokens:,} tokens a clip"
     forward = _flops(plan.forward_tflop)
-    yield "training step", f"{_flops(plan.step_tflop)} a clip, of which forward {forward}"
+    if plan.features is None:
+        yield "training step", f"{_flops(plan.step_tflop)} a clip, of which forward {forward}"
+    else:
+        yield "training step", f"{_flops(plan.step_tflop)} a clip; its features take {forward}"
+        yield from _features_rows(plan.features)
     teacher, cache = plan.teacher, plan.cache
     if teacher is not None:
         yield (
@@ -286,6 +313,17 @@ def plan_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield from _time_rows(plan)
 
 
+def _features_rows(features: FeaturesPlan) -> Iterator[tuple[str, str]]:
+    fields = ", ".join(f"{name} {size:,}" for name, size in features.record_bytes.items())
+    yield "features of a view", f"{features.view_bytes:,} bytes: {fields}"
+    views = "1 view" if features.views == 1 else f"{features.views} views"
+    yield (
+        "features",
+        f"{_size(features.total_bytes)} for {views} of every training clip; those of val and test "
+        "come on top",
+    )
+
+
 def _looks(teacher: TeacherPlan, plan: Plan) -> str:
     share = teacher.forward_tflop / (teacher.forward_tflop + plan.step_tflop)
     return f"{_flops(teacher.forward_tflop)} a clip, {share:.1%} of a step with live targets"
@@ -313,6 +351,8 @@ def together_rows(plan: TogetherPlan) -> Iterator[tuple[str, str]]:
 def _time_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "time", f"with one device at a sustained {plan.sustained_tflops:g} TFLOP/s:"
     if plan.cache is None:
+        if plan.features is not None:
+            yield "  features", f"{_time(plan.features.build_hours)}, once for all probes"
         yield "  training", _time(plan.teacher.live_hours if plan.teacher else plan.hours)
         return
     yield "  cache", f"{_time(plan.cache.build_hours)}, once for all students"

@@ -20,15 +20,18 @@ from test_train import (
     write_video,
 )
 from torch.testing import assert_close
+from typer.testing import CliRunner
 
 from distill import features
 from distill import recipe as schema
 from distill.checkpoint import latest_checkpoint, load_checkpoint
+from distill.cli import app
 from distill.data.index import read_list
 from distill.errors import StateError
 from distill.evaluate import evaluate_recipe
 from distill.interrupt import Interrupted
 from distill.recipe_file import dump_recipe
+from distill.students.warmstart import file_sha256
 from distill.train import train
 
 TRAIN_CLIPS, VAL_CLIPS, TEST_CLIPS = 8, 4, 4
@@ -370,3 +373,59 @@ def test_an_interrupted_sweep_ends_with_the_same_bits(videos, built, tmp_path, m
     again = train(recipe, tmp_path / "again")
     assert_same_run(tmp_path / "again", tmp_path / "whole")
     assert again["sweep"] == whole["sweep"]
+
+
+STUDY = """
+run: {folder: RUNS, log_steps: 1}
+data:
+  train: {list: VIDEOS/train.csv}
+  val: {list: VIDEOS/val.csv}
+  test: {list: VIDEOS/test.csv}
+  views: {frames: 2, image_size: 28}
+  workers: 1
+model: {size: &size {width: 32, depth: 2, heads: 2, pooled_width: 16}}
+optim: {lr: 1.0e-2, lr_per_batch: null, min_lr: 0, batch_size: 4, epochs: 1}
+evaluate: {clips: 1, crops: 3}
+stages:
+  distilled:
+    objective:
+      kind: distill
+      teacher: {size: *size, random: true, layers: 2, interval: 1.0}
+      mask: {kind: random, ratio: 0.5}
+      targets: live
+  attentive:
+    model: {weights: {checkpoint: 'stage:distilled'}}
+    objective: &probe
+      kind: classify
+      num_classes: 3
+      trainable: pool
+      features: {folder: RUNS/features-attentive}
+      sweep: {lrs: [1.0e-2, 1.0e-3], weight_decays: [0, 0.1]}
+  linear:
+    model: {weights: {checkpoint: 'stage:distilled'}}
+    objective:
+      kind: classify
+      num_classes: 3
+      trainable: head
+      probe: cls_avgN_proj
+      features: {folder: RUNS/features-linear}
+      sweep: {lrs: [1.0e-2, 1.0e-3]}
+"""
+
+
+def test_a_distilled_student_is_probed_by_recipe_alone(videos, tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text(STUDY.replace("VIDEOS", str(videos)).replace("RUNS", str(tmp_path / "runs")))
+    done = CliRunner().invoke(app, ["train", str(path)])
+    assert done.exit_code == 0, done.output
+    summary = json.loads((tmp_path / "runs" / "summary.json").read_text())
+    assert [row["name"] for row in summary["rows"]] == ["attentive", "linear"]
+    for stage, settings in (("attentive", 4), ("linear", 2)):
+        found = summary["stages"][stage]
+        assert len(found["sweep"]["settings"]) == settings
+        assert found["evaluation"]["num_clips"] == TEST_CLIPS
+        assert f"{stage}: settings, on val" in done.output
+    assert done.output.count("chosen") == 2
+    identity = cache_identity_of(tmp_path / "runs" / "features-linear" / "train")
+    weights = tmp_path / "runs" / "distilled" / "model.safetensors"
+    assert identity["model.weights (sha256)"] == file_sha256(weights)

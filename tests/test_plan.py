@@ -215,3 +215,51 @@ def test_repeats_are_views_of_an_epoch():
     assert (twice.steps_per_epoch, twice.last_batch) == (4, 464)
     assert twice.hours == pytest.approx(2 * once.hours)
     assert twice.peak_lr == once.peak_lr
+
+
+PROBE = """
+data:
+  train: {list: null, num_clips: 240000}
+  views: {frames: 16}
+model: {size: 1B}
+objective: {kind: classify, num_classes: 400, trainable: TRAINABLE, features: {folder: f}}
+optim: {lr: 1.0e-3, batch_size: 1024, epochs: 20}
+"""
+
+
+@pytest.mark.parametrize(
+    ("trainable", "overrides", "fields", "total"),
+    [
+        ("pool", [], {"hidden": 2 * 4097 * 1408}, "2.77 TB for 1 view of every"),
+        ("head", [], {"pooled": 1536}, "370.56 MB for 1 view of every"),
+        ("head", ["objective.features.views=4"], {"pooled": 1536}, "1.48 GB for 4 views of every"),
+        (
+            "head",
+            ["objective.probe=cls_avgN_proj"],
+            {"tokens": 2 * 17 * 1408, "pooled": 1536},
+            "11.86 GB for 1 view of every",
+        ),
+        ("head", ["objective.probe=cls_avg1"], {"tokens": 2 * 2 * 1408}, "1.35 GB for 1 view"),
+    ],
+)
+def test_features_of_probes_are_counted_in_bytes(tmp_path, trainable, overrides, fields, total):
+    path = tmp_path / "r.yaml"
+    path.write_text(PROBE.replace("TRAINABLE", trainable))
+    plan = make_plan(load_recipe(str(path), overrides))
+    assert plan.features.record_bytes == {"pixels_hash": 8, **fields}
+    rows = dict(plan_rows(plan))
+    assert rows["features"].startswith(total)
+    views = plan.features.views
+    tflop = views * 240_000 * plan.forward_tflop
+    assert plan.features.build_hours == pytest.approx(tflop / (400 * 3600))
+    assert plan.step_tflop < 0.02 * plan.forward_tflop  # the backbone runs in no step
+
+
+def test_a_step_of_a_sweep_trains_every_setting(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(PROBE.replace("TRAINABLE", "head"))
+    lists = ["data.val={list: v}", "data.test={list: t}"]
+    sweep = "objective.sweep={lrs: [1e-2, 1e-3], weight_decays: [0, 0.1, 0.2]}"
+    alone, all_six = (make_plan(load_recipe(str(path), [*lists, *one])) for one in ([], [sweep]))
+    assert all_six.step_tflop == pytest.approx(6 * alone.step_tflop)
+    assert alone.step_tflop == pytest.approx(3 * 2e-12 * 768 * 400)

@@ -1,0 +1,126 @@
+"""What a run leaves when its last step is done: weights, an evaluation, a summary."""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from distill import recipe as schema
+from distill.checkpoint import (
+    EMA_FILE,
+    WEIGHTS_FILE,
+    load_checkpoint,
+    step_folder,
+    write_json,
+    write_tensors,
+)
+from distill.dist import joined_part
+from distill.evaluate import evaluate, score_views
+from distill.interrupt import StopRequest
+from distill.job import Job, describe_model, has_evaluation
+from distill.probe import sweep_summary
+from distill.run_folder import SUMMARY
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Position:
+    """Where a run stands: steps done in all and in this epoch, the last and the best values.
+
+    Of clips that a hybrid run has `read`, `cached` came from the cache. `sweep` says how each
+    setting of a sweep does.
+    """
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    read: int = 0
+    cached: int = 0
+    last: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+    sweep: list[dict[str, float]] = field(default_factory=list)
+
+
+def finish(
+    recipe: schema.Recipe,
+    job: Job,
+    folder: Path,
+    at: Position,
+    *,
+    ema_model: torch.nn.Module | None,
+    device: torch.device,
+    stop: StopRequest,
+) -> dict:
+    """Write the final weights, evaluate a classifier with all its views, write the summary.
+
+    Of a sweep they are those of the setting, and of the epoch, that did best on `val`. Averaged
+    weights are written and evaluated too, with the results in the folder `ema`.
+    """
+    sweep = None
+    if job.sweep:
+        best = load_checkpoint(step_folder(folder / "checkpoints", int(at.best["step"])))
+        job.sweep.take(best.weights, int(at.best["setting"]))
+        sweep = sweep_summary(job.sweep.settings, at.sweep, int(at.best["setting"]))
+    models = {"": (job.model, folder / WEIGHTS_FILE, folder)}
+    if ema_model is not None:
+        models["ema"] = ema_model, folder / EMA_FILE, folder / "ema"
+    is_first = joined_part().index == 0
+    for model, path, _ in models.values():
+        if is_first:
+            write_tensors(path, model.state_dict(), metadata=describe_model(recipe))
+    summary = {
+        "name": recipe.name,
+        "objective": recipe.objective.kind,
+        "parameters": sum(parameter.numel() for parameter in job.model.parameters()),
+        "epochs": recipe.optim.epochs,
+        "steps": at.step,
+        "train_seconds": at.seconds,
+        "last": at.last,
+        "best_on_val": at.best,
+        "quarantined": len(job.quarantine.entries) if job.quarantine else 0,
+        "hit_rate": at.cached / at.read if at.read else None,
+        "evaluation": None,
+        "weights": str(folder / WEIGHTS_FILE),
+        "ema": None,
+        "sweep": sweep,
+        "device": str(device),
+    }
+    if ema_model is not None:
+        summary["ema"] = {"evaluation": None, "weights": str(folder / EMA_FILE)}
+    if at.best:
+        best = step_folder(folder / "checkpoints", int(at.best["step"]))
+        file = folder / WEIGHTS_FILE if job.sweep else best / WEIGHTS_FILE
+        summary["best_on_val"] = {**at.best, "weights": str(file)}
+    if job.quarantine and job.quarantine.entries:
+        logger.warning(
+            "%s: went on without %d clips that could not be read; %s says why",
+            folder,
+            len(job.quarantine.entries),
+            folder / "quarantine.jsonl",
+        )
+    if isinstance(recipe.objective, schema.Classify) and has_evaluation(recipe):
+        section = recipe.evaluate
+        views = (section.split, section.clips, section.crops)
+        long = ("missing", "incomplete", "unreadable", "manifest")  # they are in evaluation.json
+        for name, (model, path, place) in models.items():
+            place.mkdir(exist_ok=True)
+            result = evaluate(
+                model.to(device),
+                recipe,
+                split=section.split,
+                num_clips=section.clips,
+                num_crops=section.crops,
+                device=device,
+                folder=place,
+                weights=path,
+                score=job.scorers.get(views, score_views),
+                on_batch=stop.check_alone,
+            )
+            about = summary[name] if name else summary
+            about["evaluation"] = {key: result[key] for key in result if key not in long}
+    if is_first:
+        write_json(folder / SUMMARY, summary)
+    return summary
