@@ -108,7 +108,8 @@ def test_json_and_markdown_hold_every_row():
     text = run("--markdown")
     assert text.count("\n| [") == len(rows)
     link = find_row("k400/1B").link
-    assert link.endswith("InternVideo2-Stage1-1B-224p-K400/resolve/main/1B_ft_k710_ft_k400_f8.pth")
+    repository = "https://huggingface.co/OpenGVLab/InternVideo2-Stage1-1B-224p-K400"
+    assert link == f"{repository}/resolve/main/1B_ft_k710_ft_k400_f8.pth"
     assert f"| 91.3 |  | [1B_ft_k710_ft_k400_f8.pth]({link}) |" in text
 
 
