@@ -87,7 +87,7 @@ def _shrink_distillation(objective: dict[str, Any]) -> None:
             teacher["weights"], teacher["random"] = None, True
         elif teacher["model"]:
             teacher |= {"model": TIMM_TEACHER, "layers": min(teacher["layers"], 2)}
-            teacher |= {"image_size": None, "weights": None, "random": True}
+            teacher |= {"image_size": 64, "weights": None, "random": True}
     cache = objective["cache"]
     if cache:
         _in_folder(cache)

@@ -295,6 +295,9 @@ def _set_image_size(trunk: nn.Module, image_size: int, name: str) -> None:
     config = trunk.pretrained_cfg
     if image_size == config["input_size"][-1]:
         return
+    patch = getattr(getattr(trunk, "patch_embed", None), "patch_size", None)
+    if patch and image_size % patch[0]:
+        raise ValueError(f"timm's {name} takes patches of {patch[0]} px, got {image_size}")
     if hasattr(trunk, "set_input_size"):
         trunk.set_input_size((image_size, image_size))
     elif config.get("fixed_input_size"):
