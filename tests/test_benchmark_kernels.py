@@ -34,7 +34,7 @@ from benchmarks.kernels.case import (
     tensors_of,
 )
 from benchmarks.kernels.measure import Ceilings, Row, Timing, Work, clock
-from benchmarks.kernels.plan import TEACHER, TOKENS, ragged, tables
+from benchmarks.kernels.plan import TEACHER, TOKENS, Entry, ragged, tables
 from benchmarks.kernels.step import (
     STEP,
     StepShape,
@@ -376,6 +376,21 @@ def test_a_row_that_took_its_process_down_says_so_and_the_rest_goes_on(tmp_path)
     assert rows[0].note == "took the process down (exit code -11)" and not rows[0].timings
     assert rows[1].name == "kernels" and rows[1].timings
     assert "exit code -11" in (tmp_path / "kernels.md").read_text()
+
+
+def test_a_table_that_cannot_be_begun_says_why_and_the_rest_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "ceilings", lambda device, seconds: CEILINGS)
+
+    def fail():
+        raise MemoryError("far too large")
+
+    done = []
+    entries = {"first": Entry(1, fail, run_case), "second": TINY["rmsnorm-S"]}
+    settings = {"device": CPU, "seconds": 0.0, "deadline": NEVER}
+    command.work_through(entries, tmp_path, **settings, publish=lambda: done.append(0))
+    page = command.write_page(tmp_path, ["first", "second"], tmp_path, "a GPU", {})
+    assert "first: could not be begun" in page and "MemoryError: far too large" in page
+    assert "rmsnorm-S: residual add" in page and len(done) == 2
 
 
 def test_the_benchmark_imports_neither_recipes_nor_decoders():

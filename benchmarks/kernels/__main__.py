@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import partial
@@ -21,8 +22,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.kernels import report, resources, tune
-from benchmarks.kernels.case import RUNNING, Table
-from benchmarks.kernels.measure import ceilings, free_memory
+from benchmarks.kernels.case import RUNNING, Table, first_line
+from benchmarks.kernels.measure import ceilings, free_memory, synchronize
 from benchmarks.kernels.plan import Entry, tables
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -137,7 +138,13 @@ def work_through(
             break
         settings = {"device": device, "ceilings": reachable, "seconds": seconds, "done": done}
         ends = min(deadline, began + entry.seconds)
-        table = entry.run(entry.case(), **settings, deadline=ends, save=save)
+        try:
+            table = entry.run(entry.case(), **settings, deadline=ends, save=save)
+        except Exception as error:  # noqa: BLE001 - the tables behind it are there to be measured
+            traceback.print_exc()
+            synchronize(device)  # raises what the device cannot recover from
+            note = f"Not measured. {first_line(error)}"
+            table = Table(name, "could not be begun", "", "", {}, reachable, (), note=note)
         save(table, complete=True)
         free_memory(device)
         sys.stdout.write(f"{name}: {time.monotonic() - began:.0f} s\n")

@@ -294,7 +294,7 @@ def attention_case(
     if not shape.is_even:
         lengths = (
             f"{len(shape.lengths)} sequences of {min(shape.lengths)} to {max(shape.lengths)}, "
-            f"{shape.tokens} together"
+            f"together {shape.tokens}"
         )
     return Case(
         name=name,

@@ -19,6 +19,7 @@ from benchmarks.kernels import report
 from benchmarks.kernels.case import BOTH, Case, phase_calls
 from benchmarks.kernels.measure import DATASHEET, Ceilings
 from benchmarks.kernels.plan import Entry, tables
+from benchmarks.kernels.step import REPLAY
 from distill.kernels.gpu_build import CAPABILITIES, Build, build
 from distill.kernels.jit import triton
 
@@ -214,6 +215,8 @@ def floors(entries: dict[str, Entry], sheets: tuple[str, ...]) -> tuple[str, lis
     for name, entry in entries.items():
         case = entry.case()
         for phase, work in case.work.items():
+            if phase == REPLAY:  # the same work as that of a step
+                continue
             ceilings = {sheet: Ceilings(*reversed(DATASHEET[sheet])) for sheet in sheets}
             times = {sheet: each.floor_ms(work) for sheet, each in ceilings.items()}
             bound = [
@@ -250,8 +253,8 @@ and the time it would take at a data sheet's rates, and what this project's kern
 measurements that replace this page, and their one command, are in [../README.md](../README.md).
 """
 FLOORS = """Useful FLOPs, and bytes of inputs read and outputs written once. Floors are computed
-from data sheets ({sheets}) and not measured: what a device reaches is lower, and a run there takes
-its own ceilings.
+from data sheets ({sheets})
+and not measured: what a device reaches is lower, and a run there takes its own ceilings.
 """
 RESOURCES = """Compiled ahead of time by Triton {triton}, for the launches of the tables above:
 registers of a thread / bytes spilled / KB of shared memory / matrix instructions / blocks at once
