@@ -42,6 +42,7 @@ from distill.data.load import (
     load_eval_task,
     load_repeats,
 )
+from distill.dist import joined_part, wait_for_all
 from distill.engine import autocast, to_device
 from distill.errors import StateError
 from distill.mixing import augmented_inputs
@@ -166,9 +167,10 @@ def open_features(
 ) -> tuple[Cache, Quarantine]:
     """A shelf's records of the clips, once those that are missing have been made.
 
-    What is committed is never made again; a kill loses at most the open shard. Returns with them
-    the clips that cannot be decoded. Raises StateError for a folder that holds another recipe's,
-    naming the setting, and when too many clips of a training list cannot be decoded.
+    What is committed is never made again; a kill loses at most the open shard. Processes that
+    have joined make a part each, and all wait for the last. Returns with them the clips that
+    cannot be decoded. Raises StateError for a folder that holds another recipe's, naming the
+    setting, and when too many clips of a training list cannot be decoded.
     """
     section = recipe.objective.features
     folder = open_folder(f"{section.folder}/{shelf.name}", made_by=MADE_BY)
@@ -178,6 +180,9 @@ def open_features(
     clip_ids = np.fromiter((clip.id for clip in clips), np.int64, len(clips))
     is_there = _find(folder, identity, clip_ids, shelf.num_views)[1] >= 0  # [C,V]
     wanted = ~is_there & ~np.isin(clip_ids, quarantined_ids(folder))[:, None]
+    part = joined_part()  # of the batches, whose places are fixed
+    part_of = np.arange(len(clips)) // section.batch_size % part.count
+    wanted &= (part_of == part.index)[:, None]
     quarantine = open_quarantine(folder, clips=clips, max_share=shelf.max_quarantined)
     if wanted.any():
         check_writable(folder)
@@ -196,7 +201,9 @@ def open_features(
                 bar.advance(count)
                 size = log.size_text(size_bytes)
                 bar.note(f"{size}, {waited:.0%} of the time waiting for videos")
-    quarantine.check()
+    wait_for_all()
+    quarantine = open_quarantine(folder, clips=clips, max_share=shelf.max_quarantined)
+    quarantine.check()  # with what other processes have found
     index, rows = _find(folder, identity, clip_ids, shelf.num_views)
     if shelf.split == "train":
         is_whole = (rows >= 0).all(axis=1)

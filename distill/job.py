@@ -154,7 +154,8 @@ def _build_features_job(recipe: schema.Recipe, *, device: torch.device) -> Job:
         found, left_out = open_features(recipe, model, shelf, listed, device=device)
         reasons = {entry["id"]: entry["reason"] for entry in left_out.entries}
         scorers[key] = partial(score_features, found, reasons)
-    batches = CachedBatches(cache, batch_size=recipe.optim.batch_size, seed=recipe.run.seed)
+    seed, part = recipe.run.seed, joined_part()
+    batches = CachedBatches(cache, batch_size=recipe.optim.batch_size, seed=seed, part=part)
     prepare = FeatureInputs(clips, device=device)
     return Job(model, loss, batches, prepare, cache.clip_names, quarantine, scorers)
 

@@ -17,7 +17,7 @@ from distill.kernels.coded_targets import CodedTargets
 from distill.kernels.linear_alignment import linear_alignment
 from distill.probe import ProbeSweep, settings_of
 from distill.recipe import Classify, Distill, of_teacher
-from distill.students.classifier import VideoClassifier
+from distill.students.classifier import MERGES, VideoClassifier
 from distill.students.heads import Decoder
 from distill.students.student import DistillStudent
 from distill.students.vit import VideoViT
@@ -174,9 +174,16 @@ class ClassifyObjective(nn.Module):
         self.sweep: ProbeSweep | None = None
         frozen = {"all": (), "pool": BACKBONE, "head": BACKBONE + POOL}[section.trainable]
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not name.startswith(frozen))
+            parameter.requires_grad_(not name.startswith((*frozen, *self._idle(model))))
         if section.sweep is not None:
             self.sweep = ProbeSweep(model, settings_of(section.sweep), frozen=frozen)
+            model.requires_grad_(False)  # only what the settings have of their own is trained
+
+    @staticmethod
+    def _idle(model: nn.Module) -> tuple[str, ...]:
+        """What a merge without the pooled vector never looks at, so that it has no gradient."""
+        _, with_pooled = MERGES.get(getattr(model, "probe", None), (None, True))
+        return () if with_pooled else (*POOL, "fc_norm.")
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """`loss` and `top1` (percent) of clip_id [B], pixels [B,3,T,H,W], label [B] and epoch.

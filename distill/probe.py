@@ -93,7 +93,7 @@ class ProbeSweep(nn.Module):
                 named = {
                     name: parameter
                     for name, parameter in part.named_parameters()
-                    if is_decayed(name, parameter) == decayed
+                    if parameter.requires_grad and is_decayed(name, parameter) == decayed
                 }
                 groups.append(
                     {

@@ -323,7 +323,7 @@ class Run:
             self.recipe,
             device=self.device,
             score=self.job.scorers.get(("val", 1, 1), score_views),
-            on_batch=self.stop.check,
+            on_batch=self.stop.check_alone,
         )
         self.at.sweep = update_records(self.at.sweep, results, epoch=self.at.epoch)
         best = max(range(len(results)), key=lambda number: results[number]["top1"])

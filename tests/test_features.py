@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import (
+from tiny_runs import (
     CLASSES,
     SIZE,
     assert_same_run,
