@@ -221,9 +221,11 @@ def compiled(kernel, capability, constants, **options):
     )
 
 
-@pytest.mark.parametrize("is_even", [True, False], ids=["even", "ragged"])
+EVEN_OR_NOT = [(capability, True) for capability in CAPABILITIES] + [(90, False)]
+
+
 @pytest.mark.parametrize("row", CONFIGS, ids=lambda row: "-".join(map(str, row)))
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(("capability", "is_even"), EVEN_OR_NOT)
 def test_the_kernels_compile_for_gpus(capability, row, is_even, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel, block, _ = row
