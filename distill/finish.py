@@ -15,7 +15,7 @@ from distill.checkpoint import (
     write_json,
     write_tensors,
 )
-from distill.dist import joined_part
+from distill.dist import joined_part, wait_for_all
 from distill.evaluate import evaluate, score_views
 from distill.interrupt import StopRequest
 from distill.job import Job, describe_model, has_evaluation
@@ -61,6 +61,7 @@ def finish(
     """
     sweep = None
     if job.sweep:
+        wait_for_all()  # for the first process to have saved
         best = load_checkpoint(step_folder(folder / "checkpoints", int(at.best["step"])))
         job.sweep.take(best.weights, int(at.best["setting"]))
         sweep = sweep_summary(job.sweep.settings, at.sweep, int(at.best["setting"]))

@@ -18,7 +18,7 @@ from distill.cache.read import Cache, CachedBatches
 from distill.data.index import check_videos, read_list
 from distill.data.load import ClipBatches, Quarantine
 from distill.dist import exchange, joined_part, wait_for_all
-from distill.errors import InputError, StateError
+from distill.errors import StateError
 from distill.evaluate import Share, labelled_clips
 from distill.features import FeatureInputs, evaluation_shelf, open_features, training_shelf
 from distill.mask import make_redraw
@@ -63,13 +63,6 @@ def build_job(
     `cache` is the recipe's where it is open already.
     """
     objective, seed, batch_size = recipe.objective, recipe.run.seed, recipe.optim.batch_size
-    if isinstance(objective, schema.Classify) and joined_part().count > 1:
-        for name in ("features", "sweep"):
-            if getattr(objective, name) is not None:
-                raise InputError(
-                    f"{recipe.name}: objective.{name} is for one process; leave torchrun, or set "
-                    f"objective.{name}=null"
-                )
     if isinstance(objective, schema.Distill) and objective.targets != "live":
         quarantine = None
         if objective.targets == "hybrid":

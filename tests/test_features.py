@@ -16,7 +16,9 @@ from tiny_runs import (
     assert_same_run,
     classify,
     metrics,
+    run_cli,
     stop_after,
+    write_recipe,
     write_video,
 )
 from torch.testing import assert_close
@@ -429,3 +431,29 @@ def test_a_distilled_student_is_probed_by_recipe_alone(videos, tmp_path):
     identity = cache_identity_of(tmp_path / "runs" / "features-linear" / "train")
     weights = tmp_path / "runs" / "distilled" / "model.safetensors"
     assert identity["model.weights (sha256)"] == file_sha256(weights)
+
+
+def test_two_processes_make_the_features_in_parts_and_sweep_as_one(videos, tmp_path):
+    """With a merge that leaves `fc_norm` without a gradient."""
+    kept = {"views": 2, "seed": 5, "batch_size": 3}  # so that either has some to make
+    changes = {"objective__probe": "cls_avg1", "objective__fc_drop": 0.0}
+    one, two = (
+        sweep(videos, None, objective__features={"folder": str(tmp_path / name), **kept}, **changes)
+        for name in ("f1", "f2")
+    )
+    found, expected = tmp_path / "two", tmp_path / "one"
+    alone = train(one, expected)
+    path = write_recipe(two, tmp_path / "r.yaml", found)
+    process = run_cli(path, ranks=2)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    one, other = (
+        load_checkpoint(latest_checkpoint(folder / "checkpoints")).weights
+        for folder in (found, expected)
+    )
+    assert_close(one, other, **HALF)
+    together = json.loads((found / "summary.json").read_text())
+    assert together["sweep"]["settings"] == alone["sweep"]["settings"]
+    assert together["evaluation"]["num_clips"] == TEST_CLIPS
+    views = [json.loads((f / "evaluation.json").read_text())["manifest"] for f in (found, expected)]
+    assert views[0]["views"] == views[1]["views"]

@@ -22,14 +22,11 @@ from tiny_runs import (
 )
 from torch.testing import assert_close
 
-import distill.job
 from distill import recipe as schema
 from distill.checkpoint import latest_checkpoint, load_checkpoint
 from distill.data.index import read_list
 from distill.data.load import ClipBatches, Quarantine
 from distill.dist import Part
-from distill.errors import InputError
-from distill.job import build_job
 from distill.train import train
 
 # What another order of float32 sums leaves after a few steps.
@@ -184,16 +181,3 @@ def test_every_clip_is_in_one_share_of_an_epoch(videos, ranks):
         seen += torch.cat([part["clip_id"] for part in own]).tolist()
     assert sorted(seen) == sorted(clip.id for clip in clips)
     assert len(seen) == TRAIN_CLIPS
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("features", {"folder": "f"}), ("sweep", {"lrs": [1e-3, 1e-2]})]
-)
-def test_what_one_process_alone_can_do_is_refused_in_several(
-    videos, tmp_path, monkeypatch, name, value
-):
-    monkeypatch.setattr(distill.job, "joined_part", lambda: Part(1, 2))
-    changes = {f"objective__{name}": value, "objective__trainable": "head"}
-    recipe = classify(videos, objective__fc_drop=0.0, model__drop_path=0.0, **changes)
-    with pytest.raises(InputError, match=f"^tiny: objective.{name} is for one process; leave tor"):
-        build_job(recipe, tmp_path, device=torch.device("cpu"))
