@@ -145,6 +145,16 @@ def test_a_frozen_backbone_keeps_no_activations(changes):
     assert all(p.grad is None for p in probe.parameters() if not p.requires_grad)
 
 
+def test_the_backward_ends_at_the_features():
+    probe = objective(objective__trainable="pool")
+    probe.model.requires_grad_(True)
+    probe(batch())["loss"].backward()
+    reached = {
+        name.split(".")[0] for name, p in probe.model.named_parameters() if p.grad is not None
+    }
+    assert reached == {"clip_projector", "fc_norm", "head"}
+
+
 @pytest.mark.parametrize("norm", ["LN", "BN", "kaiming_BN"])
 @pytest.mark.parametrize("probe", MERGES)
 def test_the_same_logits_come_from_pixels_and_from_features(probe, norm):
