@@ -1,6 +1,7 @@
 """The command line. What a command needs is imported inside it, so that --help is quick."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,8 +11,10 @@ import typer
 from rich.table import Table
 
 from distill.cli_cache import OverridesArgument, cache_app
+from distill.dist import adopt_slurm
 from distill.errors import InputError
 from distill.shell import (
+    EXIT_INPUT,
     clean_exit,
     configure_log,
     load_inputs,
@@ -374,4 +377,9 @@ def schema() -> None:
 
 def main() -> None:
     """What `distill` and `python -m distill` run."""
+    try:
+        adopt_slurm()
+    except InputError as error:
+        print_plain(str(error), stderr=True)
+        sys.exit(EXIT_INPUT)
     app()

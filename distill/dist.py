@@ -1,20 +1,24 @@
 """Which part of a job a process does when several do it together, and words between them.
 
 What can be divided beforehand takes `read_part` and needs no words. For what is merged in the
-end, `joined` makes the processes of a torchrun known to each other.
+end, `joined` makes the processes of a torchrun known to each other. Tasks of SLURM's `srun` are
+such processes too.
 """
 
 import os
 import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from distill.errors import InputError, StateError
+from distill.slurm import has_gpu_of_its_own, torchrun_variables
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +30,7 @@ FIRST_PAUSE_SECONDS = 2e-5
 POLL_SECONDS = 0.05
 PATIENCE = timedelta(days=7)  # for the slowest process; one that ends is noticed at once
 GRACE_SECONDS = 10.0  # for torchrun to stop the others of one that has failed
+EXIT_LOST = 1
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,11 @@ class Part:
 
 
 WHOLE = Part()
+
+
+def adopt_slurm() -> None:
+    """Take a step that `srun` started for what it would be under torchrun, to all that follows."""
+    os.environ.update(torchrun_variables(os.environ))
 
 
 def read_part(shard: str | None, environment: Mapping[str, str] = os.environ) -> Part:
@@ -88,10 +98,12 @@ def use_own_gpu(environment: Mapping[str, str] = os.environ) -> None:
     rank, count = _number(environment, "LOCAL_RANK", default=0), torch.cuda.device_count()
     if not count:
         return
+    if count == 1 and has_gpu_of_its_own(environment):
+        rank = 0
     if rank >= count:
         raise InputError(
             f"LOCAL_RANK={rank}: this machine has {count} GPUs; give torchrun "
-            f"--nproc-per-node {count}"
+            f"--nproc-per-node {count}, or srun --ntasks-per-node {count}"
         )
     torch.cuda.set_device(rank)
 
@@ -220,10 +232,28 @@ def _named_loss() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        time.sleep(GRACE_SECONDS)  # torchrun ends this process too, most of the time
+        _await_end()
         raise StateError(
             f"another process of this job is gone, see its own message ({error})"
         ) from None
+
+
+def _await_end() -> None:
+    """Give torchrun the time to end this process too, without a message and at once.
+
+    With an exit code of its own: the one of SIGTERM otherwise stands for a job that was saved.
+    """
+
+    def leave(*_: object) -> NoReturn:
+        raise SystemExit(EXIT_LOST)
+
+    is_main = threading.current_thread() is threading.main_thread()  # others set no handlers
+    before = signal.signal(signal.SIGTERM, leave) if is_main else None
+    try:
+        time.sleep(GRACE_SECONDS)
+    finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _number(environment: Mapping[str, str], name: str, *, default: int) -> int:

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM as a request that a run grants at the next step."""
+"""Ctrl-C, SIGTERM and SIGUSR1 as a request that a run grants at the next step.
+
+SIGUSR1 is what `sbatch --signal=USR1@120` sends ahead of the end, and means what SIGTERM does.
+"""
 
 import signal
 import threading
@@ -6,13 +9,16 @@ from types import FrameType
 
 from distill.dist import joined_part
 
+# Of a scheduler: their exit code is one, by which a job script knows that the job can go on.
+ENDINGS = (signal.SIGTERM, signal.SIGUSR1)
+
 
 class Interrupted(SystemExit):
-    """SIGINT or SIGTERM came and the run was saved; the exit code is 128 plus the signal."""
+    """A signal came and the run was saved; the exit code is 130 after SIGINT, otherwise 143."""
 
 
 class StopRequest:
-    """Turns SIGINT and SIGTERM into a flag that the loop looks at; a second Ctrl-C kills."""
+    """Turns SIGINT, SIGTERM and SIGUSR1 into a flag for the loop; a second Ctrl-C kills."""
 
     def __init__(self) -> None:
         self.signum = 0
@@ -20,7 +26,7 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():  # others cannot set handlers
-            for signum in (signal.SIGINT, signal.SIGTERM):
+            for signum in (signal.SIGINT, *ENDINGS):
                 self._previous[signum] = signal.signal(signum, self._request)
         return self
 
@@ -29,7 +35,7 @@ class StopRequest:
             signal.signal(signum, handler)
 
     def _request(self, signum: int, _: FrameType | None) -> None:
-        self.signum = signum
+        self.signum = signal.SIGTERM if signum in ENDINGS else signum
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def check(self, signum: int | None = None) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from distill.dist import joined_part, wait_for_all
 from distill.errors import InputError, StateError
+from distill.interrupt import ENDINGS
 
 if TYPE_CHECKING:
     from distill.recipe import Recipe, Students, Study
@@ -155,8 +156,11 @@ def resolved_stage(recipe: "Recipe", loaded: "Recipe | Study | Students") -> "Re
 
 @contextmanager
 def clean_exit() -> Iterator[None]:
-    """Errors of the person at the shell as lines; SIGTERM as an exception, so that workers end."""
-    before = signal.signal(signal.SIGTERM, _terminate)
+    """Errors of the person at the shell as lines; a scheduler's signal as an exception.
+
+    So workers end with it, and the exit code is that of SIGTERM.
+    """
+    before = {signum: signal.signal(signum, _terminate) for signum in ENDINGS}
     from distill.students.warmstart import WeightsError
 
     try:
@@ -168,11 +172,12 @@ def clean_exit() -> Iterator[None]:
         print_plain("Interrupted; the same command goes on from here.", stderr=True)
         raise typer.Exit(128 + signal.SIGINT) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
-def _terminate(signum: int, _: object) -> NoReturn:
-    raise SystemExit(128 + signum)
+def _terminate(*_: object) -> NoReturn:
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def say(text: str) -> None:

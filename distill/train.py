@@ -66,7 +66,7 @@ def train(recipe: schema.Recipe, folder: str | Path) -> dict:
 
     Goes on where an earlier call in the same folder stopped, and ends with the same weights, bit
     for bit on a CPU; a finished run only returns its summary. With `optim.epochs` 0 the weights
-    are evaluated as they are. SIGINT and SIGTERM save after the step at hand and raise
+    are evaluated as they are. SIGINT, SIGTERM and SIGUSR1 save after the step at hand and raise
     `Interrupted`. Raises InputError for what is wrong with the inputs and StateError for a folder
     of another recipe, a damaged checkpoint, or a loss that is not finite.
     """

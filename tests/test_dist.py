@@ -43,3 +43,14 @@ def test_every_local_process_takes_its_own_gpu(monkeypatch):
     assert taken == [1]
     with pytest.raises(InputError, match="^LOCAL_RANK=2: this machine has 2 GPUs; give torchrun"):
         use_own_gpu({"LOCAL_RANK": "2"})
+
+
+@pytest.mark.parametrize("told", [{"SLURM_GPUS_PER_TASK": "1"}, {"SLURM_TRES_PER_TASK": "gpu:1"}])
+def test_a_task_that_sees_one_gpu_alone_takes_that(monkeypatch, told):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    use_own_gpu({"LOCAL_RANK": "3", **told})
+    assert taken == [0]
+    with pytest.raises(InputError, match="^LOCAL_RANK=3: this machine has 1 GPUs"):
+        use_own_gpu({"LOCAL_RANK": "3"})

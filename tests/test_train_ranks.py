@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tiny_runs import (
     TRAIN_CLIPS,
+    assert_alike,
     classify,
     distil,
     metrics,
@@ -28,9 +28,6 @@ from distill.data.index import read_list
 from distill.data.load import ClipBatches, Quarantine
 from distill.dist import Part
 from distill.train import train
-
-# What another order of float32 sums leaves after a few steps.
-ROUNDING = {"rtol": 1e-3, "atol": 1e-4}
 
 NAN_IN_RANK_1 = """\
 import os
@@ -78,19 +75,6 @@ def finish(process: subprocess.Popen) -> str:
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return output
-
-
-def assert_alike(found: Path, expected: Path) -> None:
-    """The same steps, values and weights but for rounding, and the same hits in evaluations."""
-    ours, theirs = metrics(found), metrics(expected)
-    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
-    for line, other in zip(ours, theirs, strict=True):
-        assert line.keys() == other.keys()
-        for name in other.keys() - {"clips_per_second", "data_wait"}:
-            assert_close(line[name], other[name], **ROUNDING)
-    for name in ("model.safetensors", "model_ema.safetensors"):
-        if (expected / name).exists():
-            assert_close(load_file(found / name), load_file(expected / name), **ROUNDING)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

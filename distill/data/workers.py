@@ -381,7 +381,8 @@ def _describe_end(exit_code: int | None) -> str:
 
 def _work(pipe: connection.Connection, load: "Callable[[Task], View]") -> None:
     """A worker's life. The first message says that it has begun, then one goes out per task."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the trainer's to handle; it closes the pipe
+    # They come to all processes of a job and are the trainer's to handle; it closes the pipe.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if "torch" in sys.modules:

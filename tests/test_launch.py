@@ -1,0 +1,133 @@
+"""Jobs of two processes as SLURM and torchrun start, stop and restart them."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_runs import (
+    assert_alike,
+    assert_same_run,
+    classify,
+    wait_for_step,
+    write_clips,
+    write_recipe,
+)
+
+from distill.checkpoint import latest_checkpoint, load_checkpoint
+from distill.train import train
+
+ROOT = Path(__file__).parent.parent
+SBATCH = ROOT / "docs/slurm.sbatch"
+STEPS = 9
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> Path:
+    return write_clips(tmp_path_factory.mktemp("videos"))
+
+
+def recipe_of(videos: Path, folder: Path) -> Path:
+    """A recipe file in the folder for a run in its `run`, with every step saved."""
+    changes = {"optim__eps": 1e-4, "optim__epochs": STEPS // 3, "run__save_minutes": 1e-6}
+    recipe = classify(videos, objective__fc_drop=0.0, **changes)
+    return write_recipe(recipe, folder / "r.yaml", folder / "run")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> dict[str, str]:
+    """The environment of a batch script where `srun` and `scontrol` are ours."""
+    folder = tmp_path_factory.mktemp("bin")
+    commands = {
+        "srun": f'exec {sys.executable} {ROOT}/tests/fake_srun.py "$@"',
+        "distill": f'exec {sys.executable} -m distill "$@"',
+        "scontrol": f'echo "$@" >> {folder}/told',
+    }
+    for name, line in commands.items():
+        (folder / name).write_text(f"#!/bin/bash\n{line}\n")
+        (folder / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": str(10_000 + os.getpid()), "SLURM_NTASKS": "2", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **job, "PATH": f"{folder}:{os.environ['PATH']}", "TOLD": f"{folder}/told"}
+
+
+def start(command: list[str], environment: dict[str, str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(videos, cluster, tmp_path_factory) -> Path:
+    """The folder of a run by two tasks of SLURM's, with nothing between start and end."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    process = start(["bash", str(SBATCH), str(recipe_of(videos, folder))], cluster)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert output.count("summary.json holds the results") == 1
+    return folder / "run"
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """All processes that a process has started, directly or not, with their command lines."""
+    found = {}
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    for child in map(int, children.read_text().split()):
+        line = Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ").strip()
+        found |= {child: line, **descendants(child)}
+    return found
+
+
+def saved_step(run: Path) -> int:
+    return load_checkpoint(latest_checkpoint(run / "checkpoints")).state["step"]
+
+
+def flat(output: str) -> str:
+    return re.sub(r"\s+", " ", output)
+
+
+def test_tasks_of_slurm_train_together_as_one_process_alone(videos, undisturbed, tmp_path):
+    from distill.recipe_file import load_recipe
+
+    train(load_recipe(recipe_of(videos, tmp_path)), tmp_path / "run")
+    assert_alike(undisturbed, tmp_path / "run")
+
+
+def test_a_job_told_to_end_is_queued_again_and_goes_on(videos, undisturbed, cluster, tmp_path):
+    """SIGUSR1 to every process of the step, loader workers too, as SLURM sends it."""
+    command = ["bash", str(SBATCH), str(recipe_of(videos, tmp_path))]
+    told = Path(cluster["TOLD"])
+    process = start(command, cluster)
+    wait_for_step(tmp_path / "run", 2, process)
+    for pid, line in descendants(process.pid).items():
+        if "fake_srun" not in line:
+            os.kill(pid, signal.SIGUSR1)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 143, output
+    assert told.read_text() == f"requeue {cluster['SLURM_JOB_ID']}\n"
+    saved = saved_step(tmp_path / "run")
+    assert 2 <= saved < STEPS
+    assert f"saved after step {saved}" in flat(output)
+
+    again = start(command, {**cluster, "SLURM_RESTART_COUNT": "1"})
+    output, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, output
+    assert f"goes on after step {saved}" in flat(output)
+    assert told.read_text().count("requeue") == 1
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_an_error_is_not_queued_again(cluster, tmp_path):
+    told = Path(cluster["TOLD"])
+    before = told.read_text() if told.exists() else ""
+    process = start(["bash", str(SBATCH), str(tmp_path / "none.yaml")], cluster)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert f"{tmp_path}/none.yaml: no such file" in flat(output)
+    assert (told.read_text() if told.exists() else "") == before
