@@ -338,6 +338,11 @@ def zoo(
     with clean_exit():
         from distill.zoo import find_row, row_lines, select_rows, zoo_markdown, zoo_tables
 
+        if as_markdown and (as_json or check is not None):
+            other = "--json" if as_json else "--check"
+            raise InputError(f"--markdown is for the table, not with {other}; drop one of them")
+        if row is not None and (data is not None or model is not None):
+            raise InputError("--row is one row already; drop --data and --model, or --row")
         if check is not None:
             if row is None:
                 raise InputError("--check takes the row that the file should be of: add --row ROW")

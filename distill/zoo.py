@@ -12,6 +12,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+import rich
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -21,6 +22,7 @@ from distill.recipe_check import nearest
 
 ABSENT = "not published"
 HUB = "https://huggingface.co"
+WIDEST = 100  # columns of a terminal that the tables take; narrower ones fold two of theirs
 
 
 @dataclass(frozen=True)
@@ -112,12 +114,17 @@ def zoo_tables(rows: Sequence[Row]) -> Iterator[Table | str]:
     """A table of each section for the terminal, and where the rest is to be seen."""
     for section in dict.fromkeys(row.section for row in rows):
         table = Table(
-            title=section, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+            title=section,
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            width=min(rich.get_console().width, WIDEST),
         )
-        for heading, width in (("recipe", 23), ("setting", 23), ("views", 6)):
-            table.add_column(heading, width=width)
+        table.add_column("recipe", width=23)
+        table.add_column("setting", ratio=1)
+        table.add_column("views", width=6)
         table.add_column("published", justify="right", width=13)
-        table.add_column("weights", overflow="fold")
+        table.add_column("weights", ratio=1, overflow="fold")
         for row in rows:
             if row.section == section:
                 numbers = "\n".join(_numbers(row))
@@ -159,9 +166,10 @@ def zoo_markdown(rows: Sequence[Row]) -> str:
 
 def row_lines(row: Row) -> list[str]:
     """All that is known of a row."""
+    views = f"{row.views}: frames x crops x clips" if row.crops else f"{row.frames} frames"
     lines = [
         f"{row.recipe}: {row.model}, {row.section}: {row.setting}",
-        f"numbers: {' and '.join(_numbers(row))} ({row.views}: frames x crops x clips)",
+        f"numbers: {' and '.join(_numbers(row))} ({views})",
         f"weights: {row.link or ABSENT}",
     ]
     if row.file:

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,9 @@ WRAPPERS = ("model", "module")  # upstream's order
 PREFIXES = ("module.", "backbone.", "encoder.")
 VISION_PREFIX = "vision_encoder."
 DEEPSPEED_FILE = "mp_rank_00_model_states.pt"
+ZIP_START, PICKLE_START = b"PK", b"\x80"  # of the files that torch writes, and once wrote
+# What damaged pickles raise beside UnpicklingError: see "Module Interface" in Python's pickle.
+DAMAGED = (EOFError, ValueError, LookupError, AttributeError, TypeError, struct.error)
 FOLDER_FILES = (DEEPSPEED_FILE, "model.safetensors", "pytorch_model.bin")
 
 # Plain data beside the weights in upstream's own checkpoints: arguments, NumPy learning rates.
@@ -123,6 +127,11 @@ def read_checkpoint(
 
 
 def _read_torch(file: Path) -> dict:
+    with file.open("rb") as opened:
+        start = opened.read(48)  # of a pointer to a file, or of a web page, it says enough
+    if not start.startswith((ZIP_START, PICKLE_START)):
+        begins = f"it begins with {start!r}" if start else "it is empty"
+        raise WeightsError(f"{file}: not a readable torch file ({begins})")
     try:
         with torch.serialization.safe_globals(_SAFE_GLOBALS):
             content = torch.load(
@@ -137,9 +146,11 @@ def _read_torch(file: Path) -> dict:
             else "not a readable torch file (damaged, or more than tensors and plain values)"
         )
         raise WeightsError(f"{file}: {reason}") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (RuntimeError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise WeightsError(f"{file}: not a readable torch file ({reason})") from error
+    except DAMAGED as error:
+        raise WeightsError(f"{file}: not a readable torch file (damaged or cut short)") from error
     if not isinstance(content, Mapping):
         raise WeightsError(f"{file}: expected a dict, found {type(content).__name__}")
     for wrapper in WRAPPERS:

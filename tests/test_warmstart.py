@@ -624,6 +624,20 @@ def test_unreadable_files_are_named(name, content, tmp_path):
         load_weights(make_classifier(), tmp_path / name)
 
 
+def test_what_is_no_torch_file_is_told_by_its_beginning(tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    for content, reason in (
+        (b"", "it is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "begins with b'version htt"),
+        (b"0a1!", "it begins with b'0a1!'"),
+        (b"\x80\x02a.", "damaged or cut short"),
+        (b"\x80\x02h\x05.", "damaged or cut short"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(WeightsError, match=f"model.bin: not a readable torch file .*{reason}"):
+            load_weights(make_classifier(), path)
+
+
 @pytest.mark.parametrize("name", ["cut.pth", "cut.safetensors"])
 def test_truncated_files_are_named(name, source, tmp_path):
     (save_file if name.endswith("safetensors") else torch.save)(

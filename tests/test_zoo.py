@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import rich
 import torch
 import toys
 from typer.testing import CliRunner
@@ -27,7 +28,7 @@ COLUMNS = 100
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
-    monkeypatch.setenv("COLUMNS", str(COLUMNS))
+    monkeypatch.setattr(rich.get_console(), "width", COLUMNS)
 
 
 def run(*arguments: str) -> str:
@@ -100,6 +101,13 @@ def test_the_table_fits_the_terminal_and_hides_nothing():
     assert "not published  not published" in text
 
 
+def test_in_a_narrow_terminal_settings_and_files_fold_into_a_few_lines(monkeypatch):
+    monkeypatch.setattr(rich.get_console(), "width", 80)
+    text = run("--data", "Kinetics-400")
+    assert max(map(len, text.splitlines())) <= 80
+    assert len(text.splitlines()) <= 4 + 3 * 7
+
+
 def test_json_and_markdown_hold_every_row():
     rows = json.loads(run("--json"))
     assert [row["recipe"] for row in rows] == [row.recipe for row in zoo_rows()]
@@ -130,6 +138,9 @@ def test_a_row_says_what_is_known_of_it():
     assert "weights: not published" in run("--row", "k400/6B")
     assert fail("--row", "k400/L15") == "--row k400/L15: no such row, did you mean 'k400/L14'?"
     assert fail("--check", "a.pth").startswith("--check takes the row that the file should be of")
+    assert "numbers: not published (8 frames)" in run("--row", "pretrain/1B")
+    assert fail("--row", "L14", "--data", "k400").startswith("--row is one row already")
+    assert fail("--markdown", "--json").startswith("--markdown is for the table, not with --json")
     assert fail("optim.lr=1") == "optim.lr=1: settings are for --check FILE --row ROW"
 
 
