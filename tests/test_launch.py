@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,12 @@ def descendants(pid: int) -> dict[int, str]:
     return found
 
 
+def ranks_of(process: subprocess.Popen) -> list[int]:
+    """The training processes of a job, first started first."""
+    lines = descendants(process.pid).items()
+    return [pid for pid, line in lines if re.search(r"-m distill train \S+$", line)]
+
+
 def saved_step(run: Path) -> int:
     return load_checkpoint(latest_checkpoint(run / "checkpoints")).state["step"]
 
@@ -120,6 +127,26 @@ def test_a_job_told_to_end_is_queued_again_and_goes_on(videos, undisturbed, clus
     assert again.returncode == 0, output
     assert f"goes on after step {saved}" in flat(output)
     assert told.read_text().count("requeue") == 1
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_torchrun_restarts_a_job_of_which_a_rank_was_killed(videos, undisturbed, tmp_path):
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command = ["-m", "distill", "train", str(recipe_of(videos, tmp_path))]
+    process = start([sys.executable, *torchrun, *command], {**os.environ, "OMP_NUM_THREADS": "1"})
+    wait_for_step(tmp_path / "run", 2, process)
+    ranks = ranks_of(process)
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    killed = time.monotonic()
+    while set(ranks) & descendants(process.pid).keys():
+        assert time.monotonic() < killed + 60
+        time.sleep(0.05)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    step = int(re.search(r"goes on after step (\d+)", flat(output))[1])
+    assert 2 <= step < STEPS
+    assert output.count("summary.json holds the results") == 1
     assert_same_run(tmp_path / "run", undisturbed)
 
 
