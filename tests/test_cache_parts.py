@@ -21,6 +21,7 @@ from test_cache_build import (
     records,
     write_videos,
 )
+from tiny_runs import torchrun
 
 from distill import log
 from distill.cache import build as cache_build
@@ -115,8 +116,7 @@ def test_torchrun_builds_one_cache_with_two_processes(videos, whole, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-        + ["-m", "distill", "cache-teacher", str(path)],
+        [sys.executable, *torchrun(2), "-m", "distill", "cache-teacher", str(path)],
         capture_output=True,
         text=True,
         timeout=120,

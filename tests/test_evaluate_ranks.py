@@ -11,6 +11,7 @@ import rich
 import torch
 import videos
 from safetensors.torch import load_file
+from tiny_runs import torchrun
 from typer.testing import CliRunner
 
 from distill import recipe as schema
@@ -87,9 +88,8 @@ def command(place: Path, output: str) -> list[str]:
 
 def evaluate_by(ranks: int, place: Path, output: str, *, program=("-m", "distill")):
     """The command of a person at the shell, with torchrun."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     return subprocess.run(
-        [sys.executable, *torchrun, *program, *command(place, output)],
+        [sys.executable, *torchrun(ranks), *program, *command(place, output)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -16,6 +16,7 @@ from tiny_runs import (
     distil,
     metrics,
     run_cli,
+    torchrun,
     wait_for_step,
     write_clips,
     write_recipe,
@@ -124,9 +125,8 @@ def test_a_loss_that_is_no_number_in_one_process_stops_all(videos, tmp_path):
     (tmp_path / "main.py").write_text(NAN_IN_RANK_1)
     recipe = finetuning(videos, optim__micro_batch=None, optim__ema=None)
     path = write_recipe(recipe, tmp_path / "r.yaml", tmp_path / "run")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, str(tmp_path / "main.py"), "train", str(path)],
+        [sys.executable, *torchrun(2), str(tmp_path / "main.py"), "train", str(path)],
         capture_output=True,
         text=True,
         timeout=300,

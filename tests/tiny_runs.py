@@ -143,11 +143,16 @@ def stop_after(monkeypatch, step: int) -> None:
     monkeypatch.setattr(StopRequest, "check", check)
 
 
+def torchrun(ranks: int) -> list[str]:
+    """Python's arguments that start as many processes, at a port that is free."""
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+
+
 def run_cli(recipe: Path, *, ranks: int = 1) -> subprocess.Popen:
     """The command, in one process or several that torchrun starts."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    start = torchrun(ranks) if ranks > 1 else []
     return subprocess.Popen(
-        [sys.executable, *(torchrun if ranks > 1 else []), "-m", "distill", "train", str(recipe)],
+        [sys.executable, *start, "-m", "distill", "train", str(recipe)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},  # more only wait for each other here
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
