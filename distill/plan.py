@@ -85,6 +85,7 @@ class Plan:
 
     name: str
     clips: int
+    repeats: int  # views of a clip in a batch, which batches are counted in
     batch_size: int
     micro_batch: int
     epochs: int
@@ -161,6 +162,7 @@ def make_plan(recipe: Recipe, *, sustained_tflops: float = SUSTAINED_TFLOPS) -> 
     return Plan(
         name=recipe.name,
         clips=clips,
+        repeats=recipe.data.augment.repeats,
         batch_size=optim.batch_size,
         micro_batch=micro_batch,
         epochs=optim.epochs,
@@ -266,11 +268,12 @@ def count_clips(recipe: Recipe) -> int:
 def plan_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     """The plan as labels and sentences for a table."""
     yield "clips", f"{plan.clips:,}"
+    what = "clips" if plan.repeats == 1 else "views"
     pieces = "" if plan.micro_batch == plan.batch_size else f", {plan.micro_batch} at a time"
-    yield "batch", f"{plan.batch_size:,} clips{pieces}"
-    last = (
-        "" if plan.last_batch == plan.batch_size else f", the last one of {plan.last_batch:,} clips"
-    )
+    each = "" if plan.repeats == 1 else f", {plan.repeats} of each clip"
+    yield "batch", f"{plan.batch_size:,} {what}{each}{pieces}"
+    is_even = plan.last_batch == plan.batch_size
+    last = "" if is_even else f", the last one of {plan.last_batch:,} {what}"
     yield "steps", f"{plan.epochs} epochs of {plan.steps_per_epoch:,} steps{last}: {plan.steps:,}"
     yield (
         "learning rate",

@@ -322,7 +322,9 @@ class Optim(Section):
     """AdamW with warm-up and cosine. The peak is lr * batch_size / lr_per_batch."""
 
     lr: Positive
-    batch_size: PositiveInt = Field(description="clips in an optimiser step, over everything")
+    batch_size: PositiveInt = Field(
+        description="clips in an optimiser step, over all processes; of repeats, their views"
+    )
     epochs: NonNegativeInt = Field(description="0 evaluates the weights as they are")
     warmup_epochs: NonNegative = 0.0
     min_lr: NonNegative = 1e-5

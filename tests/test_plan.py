@@ -215,6 +215,10 @@ def test_repeats_are_views_of_an_epoch():
     assert (twice.steps_per_epoch, twice.last_batch) == (4, 464)
     assert twice.hours == pytest.approx(2 * once.hours)
     assert twice.peak_lr == once.peak_lr
+    assert dict(plan_rows(once))["batch"] == "512 clips, 64 at a time"
+    rows = dict(plan_rows(twice))
+    assert rows["batch"] == "512 views, 2 of each clip, 64 at a time"
+    assert "the last one of 464 views" in rows["steps"]
 
 
 PROBE = """
