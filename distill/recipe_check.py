@@ -27,10 +27,8 @@ from distill.timm_check import timm_errors
 Keys = tuple[str, ...]
 Origins = dict[Keys, str]  # what a message about the value at these keys starts with
 
-ATTENTIVE = ("internvideo2", "internvl")  # teachers whose pool says where to look
-TEACHER_NAME = re.compile(r"[a-z][a-z0-9_]*")
-TAKEN_NAMES = ("clip", "final_clip", "layer", "loss", "middle", "pooled")  # of keys and losses
 STAGE = "stage:"  # a checkpoint of this form is an earlier stage of the study
+MAPPED_CLASSES = {"k600": 600, "k700": 700}  # of model.weights.head, from Kinetics-710's rows
 
 
 def check_recipe(
@@ -260,6 +258,13 @@ def _contradictions(recipe: Recipe, earlier: Collection[str] | None) -> Iterator
     else:
         yield from probe_errors(recipe, recipe.objective)
         yield from _augment_errors(recipe)
+        classes = MAPPED_CLASSES.get(model.weights.head) if model.weights else None
+        if classes not in (None, recipe.objective.num_classes):
+            yield (
+                ("model", "weights", "head"),
+                f"makes rows for {classes} classes, but objective.num_classes is "
+                f"{recipe.objective.num_classes}; set head=reset, or the classes",
+            )
 
 
 def _classify_only(recipe: Recipe) -> Iterator[tuple[Keys, str]]:
@@ -350,7 +355,10 @@ def missing_inputs(
         if is_needed and not path.startswith(STAGE) and not Path(path).exists():
             own = f"students.{student}." if student and keys[0] == "model" else prefix
             key = f"{own}{'.'.join(keys)}.checkpoint"
-            lines.append(_missing(key, f"{path}: no such file", weights.source))
+            source = weights.source
+            if source and recipe.run.toy:
+                source = f"{source}; of a toy, its own toy does: run.toy=true"
+            lines.append(_missing(key, f"{path}: no such file", source))
     return lines
 
 

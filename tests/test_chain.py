@@ -50,6 +50,7 @@ def test_distilled_then_finetuned_on_k710_and_on_k400(chain):
         "k400/S14: model.weights.checkpoint: runs/k710/S14-toy/model.safetensors"
     )
     assert "(distill train recipes/k710/S14.yaml makes it; upstream's: hf download" in text
+    assert "; of a toy, its own toy does: run.toy=true); set model.weights.checkpoint" in text
 
     shell("train", "k710/S14", *LISTS)
     assert "unused: clip_decoder.* (12), clip_pos_embed, final_clip_decoder.* (6)" in chain.text

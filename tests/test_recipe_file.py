@@ -458,6 +458,9 @@ def test_empty_study_is_refused():
         (CLASSIFY, "data.augment.repeats=3",
          "r.yaml: optim.batch_size: counts views, and must be divisible by data.augment.repeats, "
          "3"),
+        (CLASSIFY, "model.weights={checkpoint: w.pt, head: k600}",
+         "model.weights={checkpoint: w.pt, head: k600}: model.weights.head: makes rows for 600 "
+         "classes, but objective.num_classes is 5; set head=reset, or the classes"),
         (MIXING, "optim.batch_size=7",
          "optim.batch_size=7: must be even, as objective.mixing mixes clips in pairs"),
         (MIXING, "optim.micro_batch=5",
