@@ -358,6 +358,9 @@ class Run(Section):
     save_minutes: Positive = 10.0
     keep_checkpoints: PositiveInt = 2
     log_steps: PositiveInt = 10
+    hang_minutes: Positive = Field(
+        30.0, description="without a step after which several processes give up, and say why"
+    )
     toy: bool = Field(
         False,
         description="shrinks sizes, pixels, batches and epochs, to try a recipe out in seconds "

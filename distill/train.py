@@ -55,6 +55,7 @@ from distill.job import (
 from distill.probe import make_schedules, update_records
 from distill.probe_scores import evaluate_settings
 from distill.run_folder import SUMMARY, claim_folder
+from distill.watchdog import Watchdog
 
 SHOWN_CLIPS = 4  # of a step's clips in a message; all of them go to a file
 
@@ -134,6 +135,7 @@ def train_runs(runs: "Sequence[Run]", stream: ClipBatches | CachedBatches, *, si
         left = [run for run in runs if not run.is_done]
         for run in left:
             stack.enter_context(run.shown())
+            stack.enter_context(run.watchdog)
         try:
             while left:
                 epoch = min(run.at.epoch for run in left)
@@ -197,6 +199,7 @@ class Run:
         self.is_first = joined_part().index == 0
         self.meter = log.Meter(stream.wait_seconds)
         self.saved_at = time.monotonic()
+        self.watchdog = Watchdog(folder, minutes=recipe.run.hang_minutes)
 
     def resume(self) -> Position:
         """Take everything back from the latest checkpoint, where there is one."""
@@ -253,6 +256,7 @@ class Run:
     def step(self, batch: dict) -> None:
         """One optimiser step, and what is due after it."""
         at, run = self.at, self.recipe.run
+        self.watchdog.begin(at.step + 1, batch["clip_id"], self.job.clip_names)
         lrs = [schedule.lr_at(at.step) for schedule in self.schedules]
         own = 0 if batch.get("is_spare") else len(batch["clip_id"])
         batch["num_clips"] = sum(clips for (clips,) in exchange(own))
@@ -323,7 +327,7 @@ class Run:
             self.recipe,
             device=self.device,
             score=self.job.scorers.get(("val", 1, 1), score_views),
-            on_batch=self.stop.check_alone,
+            on_batch=self.on_batch,
         )
         self.at.sweep = update_records(self.at.sweep, results, epoch=self.at.epoch)
         best = max(range(len(results)), key=lambda number: results[number]["top1"])
@@ -333,6 +337,11 @@ class Run:
             *(self.sweep.settings[best], len(results)),
         )
         return {**results[best], "setting": best}
+
+    def on_batch(self) -> None:
+        """A batch of an evaluation between epochs is done."""
+        self.watchdog.beat()
+        self.stop.check_alone()
 
     def check_on_val(self, model: torch.nn.Module, which: str) -> dict:
         """One view of each clip of `val`."""
@@ -344,7 +353,7 @@ class Run:
             num_crops=1,
             device=self.device,
             score=self.job.scorers.get(("val", 1, 1), score_views),
-            on_batch=self.stop.check_alone,
+            on_batch=self.on_batch,
         )
         logger.info(
             "epoch %d: top-1 %.2f, top-5 %.2f on val%s",

@@ -21,6 +21,28 @@ from tiny_runs import (
 from distill.checkpoint import latest_checkpoint, load_checkpoint
 from distill.train import train
 
+HANG_IN_RANK_1 = """\
+import os
+import time
+
+from distill import objective
+
+forward = objective.ClassifyObjective.forward
+seen = []
+
+def sleepy(self, batch):
+    seen.append(batch)
+    if os.environ["RANK"] == "1" and len(seen) == 2:
+        time.sleep(1000)
+    return forward(self, batch)
+
+objective.ClassifyObjective.forward = sleepy
+
+if __name__ == "__main__":
+    from distill.cli import main
+    main()
+"""
+
 ROOT = Path(__file__).parent.parent
 SBATCH = ROOT / "docs/slurm.sbatch"
 STEPS = 9
@@ -158,3 +180,24 @@ def test_an_error_is_not_queued_again(cluster, tmp_path):
     assert process.returncode == 2
     assert f"{tmp_path}/none.yaml: no such file" in flat(output)
     assert (told.read_text() if told.exists() else "") == before
+
+
+def test_a_rank_that_hangs_is_named_with_its_stack_and_clips_and_ends_the_job(videos, tmp_path):
+    (tmp_path / "main.py").write_text(HANG_IN_RANK_1)
+    # Time that reading the first batch may take at most; the second step takes all of it.
+    recipe = classify(videos, run__hang_minutes=0.3, optim__micro_batch=None)
+    path = write_recipe(recipe, tmp_path / "r.yaml", tmp_path / "run")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    process = start([*torchrun, str(tmp_path / "main.py"), "train", str(path)], dict(os.environ))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1
+    told = re.findall(
+        rf"{tmp_path}/run: rank (\d): nothing has moved for 0.3 minutes \(run.hang_minutes\), at "
+        r"step 2, on the clips (\S+), (\S+); its stacks:",
+        output,
+    )
+    assert sorted(rank for rank, *_ in told) == ["0", "1"]
+    assert len({clip for _, *clips in told for clip in clips}) == 4
+    assert re.search(r'File ".*/main.py", line \d+ in sleepy', output)
+    line = "rank 1 has not come to where the others wait; the same command goes on from the last"
+    assert output.count(f"{tmp_path}/run: {line} checkpoint\n") == 2

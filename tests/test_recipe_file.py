@@ -631,7 +631,7 @@ def test_dumped_recipe_reads_back_equal(text):
 def test_hash_ignores_what_has_no_say_in_the_result():
     recipe = load_recipe(write("r.yaml", DISTILL))
     harmless = [
-        "name=n", "run.folder=x", "run.log_steps=1", "run.save_minutes=1",
+        "name=n", "run.folder=x", "run.log_steps=1", "run.save_minutes=1", "run.hang_minutes=1",
         "run.keep_checkpoints=9", "data.workers=7", "data.decode_timeout_seconds=5",
         "data.train.prefix=/v", "data.train.source=s", "objective.cache.folder=x",
         "objective.cache.shard_mb=1",
