@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from distill.zoo import find_row, select_rows, zoo_rows
 from distill.zoo_check import check_row
 
 DATA = Path(__file__).parent / "data"
+RECIPES = Path(__file__).parents[1] / "recipes"
 COLUMNS = 100
 
 
@@ -72,6 +74,21 @@ def test_views_of_a_row_are_those_its_recipe_tests_with():
         if isinstance(recipe.objective, Classify):
             section = recipe.evaluate
             assert (row.crops, row.clips) == (section.crops, section.clips)
+
+
+def test_recipes_state_the_published_numbers():
+    """Where none is published of a model itself, that of what is finetuned from it."""
+    for row in zoo_rows():
+        text = (RECIPES / f"{row.recipe}.yaml").read_text()
+        number = re.search(r"^# Number:(.*(\n#   .*)*)", text, re.MULTILINE)[1]
+        after = {"Pretraining": f"k710/{row.model}", "Distillation": f"k400/{row.model}"}
+        of = find_row(after[row.section]) if row.section in after else row
+        stated = re.findall(r"([0-9.]+) % (top-1|mAP)", number)
+        named = ((of.top1, "top-1"), (of.map, "mAP"))
+        assert stated == [(f"{value:.1f}", name) for value, name in named if value is not None]
+        assert of.top1 or "none published" in number
+        views = f"({of.frames} frames, {of.clips} clips x {of.crops} crops)"
+        assert not of.top1 or views in number.replace("\n#  ", "")
 
 
 def test_files_are_of_the_rows_model_and_data_set():
