@@ -153,7 +153,7 @@ def test_every_teachers_loss_is_the_formula_with_its_weight():
         assert losses[name].requires_grad == (name == "loss")
     upstream = torch.autograd.grad(losses["loss"], list(model.parameters()))
     by_hand = torch.autograd.grad(expected["loss"], list(model.parameters()))
-    assert_close(upstream, by_hand, rtol=1e-5, atol=1e-7)
+    assert_close(upstream, by_hand, rtol=1e-4, atol=1e-6)  # float32 sums in another order
 
 
 def test_kernels_are_told_the_gradient_that_each_layers_loss_gets(monkeypatch):
