@@ -7,21 +7,29 @@
 """
 
 import base64
+import errno
 import json
+import logging
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import safetensors.torch
 import torch
 import xxhash
+from safetensors import SafetensorError
 from torch import Tensor
 
 from distill.errors import StateError
+from distill.log import size_text
+
+logger = logging.getLogger(__name__)
 
 LAYOUT = 1  # raised by hand when files written before can no longer be read
 WEIGHTS_FILE = "model.safetensors"
@@ -29,6 +37,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 EMA_FILE = "model_ema.safetensors"
 STATE_FILE = "state.json"
 _CHUNK_BYTES = 1 << 24
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -43,42 +52,60 @@ class Checkpoint:
     state: dict
     ema: dict[str, Tensor] | None = None
 
+    def copy(self) -> "Checkpoint":
+        """The same in memory of its own on the CPU, which no later step changes."""
+        files = [
+            {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            for tensors in self.files().values()
+        ]
+        return Checkpoint(*files[:2], self.state, *files[2:])
+
+    def files(self) -> dict[str, dict[str, Tensor]]:
+        """What each of its files of tensors holds."""
+        averages = {} if self.ema is None else {EMA_FILE: self.ema}
+        return {WEIGHTS_FILE: self.weights, OPTIMIZER_FILE: self.optimizer, **averages}
+
+
+class DamagedError(StateError):
+    """A checkpoint is not what was written."""
+
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, metadata: Mapping[str, str]) -> Path:
     """Write `folder`/step-XXXXXXXX, named by the state's `step`; returns its path.
 
     Everything is written under another name and reaches the disk before the rename, so a kill or
     a power cut leaves either the whole folder or none. Where the step's folder exists its weights
-    are the same, and only the state is replaced.
+    are the same, and only the state is replaced. Raises StateError where it cannot be written, as
+    on a full disk; other checkpoints stay as they were.
     """
     final = step_folder(folder, checkpoint.state["step"])
-    if final.exists():
-        hashes = _read_state(final)["hashes"]
-        _write_state(final, checkpoint.state, hashes)
-        return final
     partial = folder / f".{final.name}.tmp"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    hashes = {}
-    files = {WEIGHTS_FILE: checkpoint.weights, OPTIMIZER_FILE: checkpoint.optimizer}
-    if checkpoint.ema is not None:
-        files[EMA_FILE] = checkpoint.ema
-    for name, tensors in files.items():
-        write_tensors(partial / name, tensors, metadata=metadata)
-        hashes[name] = _hash_file(partial / name)
-    _write_state(partial, checkpoint.state, hashes)
-    os.replace(partial, final)
-    _sync(folder)
+    try:
+        if final.exists():
+            _write_state(final, checkpoint.state, _read_state(final)["hashes"])
+            return final
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        hashes = {}
+        for name, tensors in checkpoint.files().items():
+            write_tensors(partial / name, tensors, metadata=metadata)
+            hashes[name] = _hash_file(partial / name)
+        _write_state(partial, checkpoint.state, hashes)
+        os.replace(partial, final)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise _unwritten(folder, checkpoint, error) from None
     return final
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read and verify one step's folder; raises StateError that names the damaged file."""
+    """Read and verify one step's folder; raises DamagedError that names the file."""
     record = _read_state(path)
     for name, expected in record["hashes"].items():
-        if not (path / name).exists():
-            raise _damaged(path / name, "is missing")
-        if _hash_file(path / name) != expected:
+        with _reading(path / name):
+            found = _hash_file(path / name)
+        if found != expected:
             raise _damaged(path / name, "does not match the hash in state.json")
     files = {name: safetensors.torch.load_file(path / name) for name in record["hashes"]}
     return Checkpoint(
@@ -89,6 +116,36 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def latest_checkpoint(folder: Path) -> Path | None:
     """The folder with the highest step, or None before the first save."""
     return max(folder.glob("step-*"), default=None, key=lambda path: path.name)
+
+
+def load_latest(folder: Path, *, damaged: Literal["stop", "previous"]) -> Checkpoint | None:
+    """The checkpoint to go on from, verified, or None before the first save.
+
+    If a later one is damaged, raises DamagedError with "stop". With "previous" the last one that
+    is whole counts: those after it are renamed and no longer count, because the steps that they
+    stood for are done again. Raises DamagedError where none is whole.
+    """
+    errors: dict[Path, DamagedError] = {}
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            found = load_checkpoint(path)
+        except DamagedError as error:
+            if damaged == "stop":
+                raise
+            errors[path] = error
+            continue
+        for bad, error in errors.items():
+            aside = bad.with_name(f"damaged-{bad.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(bad, aside)
+            logger.warning(
+                "%s; run.damaged_checkpoint is 'previous': goes on from %s, and %s is now %s",
+                *(str(error).partition(";")[0], path.name, bad.name, aside.name),
+            )
+        return found
+    if errors:
+        raise DamagedError(f"{next(iter(errors.values()))}; no other checkpoint there is whole")
+    return None
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -135,6 +192,22 @@ def write_text(path: Path, text: str) -> None:
     _rename_synced(partial, path)
 
 
+@contextmanager
+def naming_full_disk(folder: Path) -> Iterator[None]:
+    """Any write of the block that finds no room as a StateError that names the folder."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        text = str(error)  # safetensors leaves no errno
+        if getattr(error, "errno", None) in _FULL or any(f"error {no})" in text for no in _FULL):
+            raise StateError(
+                f"{folder}: no room to write there ({_reason(error)}), "
+                f"{size_text(shutil.disk_usage(folder).free)} are free; make room, and the same "
+                "command goes on"
+            ) from None
+        raise
+
+
 def random_state() -> dict:
     """The state of every generator a training step may draw from, as JSON values."""
     algorithm, keys, position, has_gauss, cached = np.random.get_state()
@@ -177,10 +250,9 @@ def _write_state(folder: Path, state: dict, hashes: dict[str, str]) -> None:
 def _read_state(folder: Path) -> dict:
     path = folder / STATE_FILE
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        with _reading(path):
+            record = json.loads(path.read_text(encoding="utf-8"))
         expected = record.pop("hash")
-    except FileNotFoundError:
-        raise _damaged(path, "is missing") from None
     except (ValueError, KeyError, AttributeError):
         raise _damaged(path, "is not what was written") from None
     if _hash_record(record) != expected:
@@ -205,13 +277,45 @@ def _hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _damaged(path: Path, reason: str) -> StateError:
-    others = sorted(other.name for other in path.parent.parent.glob("step-*"))
-    before = [name for name in others if name < path.parent.name]
-    go_on = f"go on from {before[-1]}" if before else "start again"
-    return StateError(
-        f"{path}: damaged checkpoint, the file {reason}; delete {path.parent} to {go_on}"
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise _damaged(path, "is missing") from None
+    except OSError as error:
+        raise _damaged(path, f"cannot be read ({error.strerror})") from None
+
+
+def _damaged(path: Path, reason: str) -> DamagedError:
+    folder = path.parent
+    before = [name for name in _step_names(folder.parent) if name < folder.name]
+    go_on = f"delete {folder} to start again"
+    if before:
+        go_on = f"set run.damaged_checkpoint=previous or delete {folder} to go on from {before[-1]}"
+    return DamagedError(f"{path}: damaged checkpoint, the file {reason}; {go_on}")
+
+
+def _unwritten(folder: Path, checkpoint: Checkpoint, error: Exception) -> StateError:
+    step = checkpoint.state["step"]
+    size_bytes = sum(
+        tensor.nbytes for tensors in checkpoint.files().values() for tensor in tensors.values()
     )
+    earlier = _step_names(folder)
+    return StateError(
+        f"{folder}: the checkpoint of step {step} could not be written ({_reason(error)}); it "
+        f"needs {size_text(size_bytes)}, and {size_text(shutil.disk_usage(folder).free)} are free; "
+        f"make room, and the same command goes on from "
+        f"{earlier[-1] if earlier else 'the first step'}"
+    )
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _step_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("step-*"))
 
 
 def _rename_synced(partial: Path, final: Path) -> None:

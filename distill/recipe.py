@@ -357,6 +357,11 @@ class Run(Section):
     seed: int = 0
     save_minutes: Positive = 10.0
     keep_checkpoints: PositiveInt = 2
+    damaged_checkpoint: Literal["stop", "previous"] = Field(
+        "stop",
+        description="what a rerun does when the latest checkpoint is damaged: it stops and names "
+        "the file, or goes on from the previous one that is whole and says so",
+    )
     log_steps: PositiveInt = 10
     hang_minutes: Positive = Field(
         30.0, description="without a step after which several processes give up, and say why"

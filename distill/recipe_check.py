@@ -234,6 +234,8 @@ def _contradictions(recipe: Recipe, earlier: Collection[str] | None) -> Iterator
         yield ("optim", "warmup_epochs"), f"must be at most optim.epochs, {optim.epochs}"
     if optim.micro_batch and optim.micro_batch > optim.batch_size:
         yield ("optim", "micro_batch"), f"must be at most optim.batch_size, {optim.batch_size}"
+    if recipe.run.damaged_checkpoint == "previous" and recipe.run.keep_checkpoints < 2:
+        yield ("run", "keep_checkpoints"), "must be at least 2 for run.damaged_checkpoint: previous"
     for name in ("min_lr", "warmup_lr"):
         if getattr(optim, name) > optim.lr:
             yield ("optim", name), f"must be at most optim.lr, {optim.lr:g}"

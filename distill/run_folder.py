@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from distill.checkpoint import latest_checkpoint, write_text
+from distill.checkpoint import latest_checkpoint, naming_full_disk, write_text
 from distill.dist import joined_part, wait_for_all
 from distill.errors import StateError
 from distill.recipe import Recipe
@@ -40,9 +40,9 @@ def claim_folder(folder: Path, recipe: Recipe) -> Iterator[None]:
     """Hold the run folder for this process and this recipe, written to its recipe.yaml.
 
     Raises StateError when another process trains there, or when what lies there came from other
-    settings that have a say in the result.
+    settings that have a say in the result, or when the disk is full.
     """
-    with hold_folder(folder):
+    with hold_folder(folder), naming_full_disk(folder):
         path = folder / RECIPE
         has_begun = (folder / SUMMARY).exists() or latest_checkpoint(folder / "checkpoints")
         if has_begun and path.exists():

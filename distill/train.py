@@ -21,8 +21,7 @@ from distill import recipe as schema
 from distill.cache.read import CachedBatches
 from distill.checkpoint import (
     Checkpoint,
-    latest_checkpoint,
-    load_checkpoint,
+    load_latest,
     prune_checkpoints,
     random_state,
     remove_partial,
@@ -56,6 +55,7 @@ from distill.probe import make_schedules, update_records
 from distill.probe_scores import evaluate_settings
 from distill.run_folder import SUMMARY, claim_folder
 from distill.watchdog import Watchdog
+from distill.writer import Writer
 
 SHOWN_CLIPS = 4  # of a step's clips in a message; all of them go to a file
 
@@ -69,7 +69,7 @@ def train(recipe: schema.Recipe, folder: str | Path) -> dict:
     for bit on a CPU; a finished run only returns its summary. With `optim.epochs` 0 the weights
     are evaluated as they are. SIGINT, SIGTERM and SIGUSR1 save after the step at hand and raise
     `Interrupted`. Raises InputError for what is wrong with the inputs and StateError for a folder
-    of another recipe, a damaged checkpoint, or a loss that is not finite.
+    of another recipe, a damaged checkpoint, a full disk, or a loss that is not finite.
     """
     (summary,) = train_together([recipe], [Path(folder)])
     return summary
@@ -110,14 +110,16 @@ def train_unfinished(left: Sequence[tuple[schema.Recipe, Path]]) -> None:
         stream = jobs[0].batches
         if cache is not None:
             stream = CachedBatches(cache, batch_size=size, seed=seed, part=joined_part())
-        with StopRequest() as stop:
+        with StopRequest() as stop, Writer() as writer:
             positions, averages = [Position()], [None]  # of weights that are only evaluated
             if stream is not None:
                 runs = [
-                    Run(recipe, job, folder, stream=stream, device=device, stop=stop)
+                    Run(recipe, job, folder, stream=stream, device=device, stop=stop, writer=writer)
                     for (recipe, folder), job in zip(left, jobs, strict=True)
                 ]
                 train_runs(runs, stream, size=size)
+                writer.wait()
+                wait_for_all()  # for the checkpoints
                 positions = [run.at for run in runs]
                 averages = [run.engine.ema_model for run in runs]
             for (recipe, folder), job, at, average in zip(
@@ -144,6 +146,7 @@ def train_runs(runs: "Sequence[Run]", stream: ClipBatches | CachedBatches, *, si
         except Interrupted:
             for run in left:
                 run.save()
+                run.writer.wait()
                 logger.info("%s: saved after step %d, goes on from there", run.folder, run.at.step)
             raise
 
@@ -179,9 +182,10 @@ class Run:
         stream: ClipBatches | CachedBatches,
         device: torch.device,
         stop: StopRequest,
+        writer: Writer,
     ) -> None:
         self.recipe, self.job, self.folder = recipe, job, folder
-        self.stream, self.device, self.stop = stream, device, stop
+        self.stream, self.device, self.stop, self.writer = stream, device, stop, writer
         self.checkpoints = folder / "checkpoints"
         self.sweep, steps = job.sweep, job.batches.steps_per_epoch
         settings = self.sweep.settings if self.sweep else ()
@@ -195,19 +199,23 @@ class Run:
             device=device,
             groups=self.sweep and self.sweep.param_groups(recipe.optim),
         )
-        self.at = self.resume()
         self.is_first = joined_part().index == 0
+        self.at = self.resume()
         self.meter = log.Meter(stream.wait_seconds)
         self.saved_at = time.monotonic()
         self.watchdog = Watchdog(folder, minutes=recipe.run.hang_minutes)
 
     def resume(self) -> Position:
         """Take everything back from the latest checkpoint, where there is one."""
-        remove_partial(self.checkpoints)
-        latest = latest_checkpoint(self.checkpoints)
-        if latest is None:
+        if self.is_first:
+            remove_partial(self.checkpoints)
+        else:
+            wait_for_all()  # the first one sets damaged checkpoints aside
+        saved = load_latest(self.checkpoints, damaged=self.recipe.run.damaged_checkpoint)
+        if self.is_first:
+            wait_for_all()
+        if saved is None:
             return Position()
-        saved = load_checkpoint(latest)
         state = saved.state
         self.engine.load(saved.weights, saved.optimizer, state["scaler"], saved.ema)
         restore_random_state(state["random"])
@@ -272,6 +280,7 @@ class Run:
         told = exchange(self.stop.signum, time.monotonic() - self.saved_at > 60 * run.save_minutes)
         if told[0][1]:  # the first process's clock counts
             self.save()
+        self.writer.check()
         self.stop.check(max(signum for signum, _ in told))
 
     def count_hits(self, is_cached: torch.Tensor) -> None:
@@ -362,7 +371,7 @@ class Run:
         return result
 
     def save(self) -> None:
-        """Write a checkpoint that this run, or a rerun of it, goes on from."""
+        """Have a checkpoint written, which a rerun goes on from, while this run trains on."""
         with naming_clips(self.job, self.folder):
             self.engine.check()  # a GPU may not have told yet that a step went wrong
         at, now = self.at, time.monotonic()
@@ -380,12 +389,15 @@ class Run:
         )
         if not self.is_first:
             return
-        save_checkpoint(self.checkpoints, whole, metadata=describe_model(self.recipe))
-        prune_checkpoints(
-            self.checkpoints,
-            keep=self.recipe.run.keep_checkpoints,
-            best_step=at.best["step"] if at.best else None,
-        )
+        self.writer.wait()  # so that memory holds one copy at a time
+        copy, best_step = whole.copy(), at.best["step"] if at.best else None
+        keep = self.recipe.run.keep_checkpoints
+
+        def write() -> None:
+            save_checkpoint(self.checkpoints, copy, metadata=describe_model(self.recipe))
+            prune_checkpoints(self.checkpoints, keep=keep, best_step=best_step)
+
+        self.writer.start(write)
 
 
 @contextmanager

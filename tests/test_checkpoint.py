@@ -16,8 +16,10 @@ from torch.testing import assert_close
 
 from distill.checkpoint import (
     Checkpoint,
+    DamagedError,
     latest_checkpoint,
     load_checkpoint,
+    load_latest,
     prune_checkpoints,
     random_state,
     remove_partial,
@@ -91,7 +93,9 @@ def test_damage_is_named_with_what_to_do(tmp_path, name, damage):
     with pytest.raises(StateError) as caught:
         load_checkpoint(path)
     assert str(caught.value).startswith(f"{file}: damaged checkpoint, the file ")
-    assert str(caught.value).endswith(f"; delete {path} to go on from step-00000005")
+    assert str(caught.value).endswith(
+        f"; set run.damaged_checkpoint=previous or delete {path} to go on from step-00000005"
+    )
     load_checkpoint(step_folder(tmp_path, 5))
 
 
@@ -138,10 +142,14 @@ def test_a_failed_save_leaves_nothing_that_looks_like_a_checkpoint(tmp_path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("distill.checkpoint._write_state", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StateError) as caught:
         save(tmp_path, 2)
-    assert latest_checkpoint(tmp_path).name == "step-00000001"
-    remove_partial(tmp_path)
+    assert re.fullmatch(
+        rf"{tmp_path}: the checkpoint of step 2 could not be written \(No space left on device\); "
+        r"it needs 6\.18 kB, and [\d.]+ [kMGT]B are free; make room, and the same command goes on "
+        "from step-00000001",
+        str(caught.value),
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
@@ -183,6 +191,63 @@ def test_kill_9_while_saving_never_leaves_a_damaged_checkpoint(tmp_path):
             load_checkpoint(other)
         remove_partial(tmp_path)
         last = step
+
+
+def damage(path, kind):
+    """Flip a bit of the file, cut it or remove it."""
+    data = bytearray(path.read_bytes())
+    if kind == "flip":
+        data[-2] ^= 1
+    path.unlink()
+    if kind != "remove":
+        path.write_bytes(data[: len(data) // 2] if kind == "cut" else data)
+
+
+def test_the_previous_one_is_used_only_if_that_is_allowed(tmp_path, caplog):
+    for step in (5, 7, 9):
+        save(tmp_path, step)
+    damage(tmp_path / "step-00000007/optimizer.safetensors", "cut")
+    assert load_latest(tmp_path, damaged="stop").state["step"] == 9
+    damage(tmp_path / "step-00000009/model.safetensors", "flip")
+    with pytest.raises(DamagedError, match=r"9/model\.safetensors: damaged checkpoint"):
+        load_latest(tmp_path, damaged="stop")
+    assert len(list(tmp_path.glob("step-*"))) == 3
+    assert load_latest(tmp_path, damaged="previous").state["step"] == 5
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}/step-0000000{step}/{file}.safetensors: damaged checkpoint, the file does not "
+        "match the hash in state.json; run.damaged_checkpoint is 'previous': goes on from "
+        f"step-00000005, and step-0000000{step} is now damaged-step-0000000{step}"
+        for step, file in ((9, "model"), (7, "optimizer"))
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "damaged-step-00000007",
+        "damaged-step-00000009",
+        "step-00000005",
+    ]
+
+
+def test_where_none_is_whole_nothing_begins_anew(tmp_path):
+    assert load_latest(tmp_path, damaged="previous") is None
+    for step in (5, 7):
+        damage(save(tmp_path, step) / "state.json", "remove")
+    with pytest.raises(DamagedError) as caught:
+        load_latest(tmp_path, damaged="previous")
+    assert str(caught.value).startswith(f"{tmp_path}/step-00000007/state.json: damaged checkpoint")
+    assert str(caught.value).endswith("; no other checkpoint there is whole")
+    assert len(list(tmp_path.glob("step-*"))) == 2
+
+
+def test_a_copy_does_not_change_with_the_original():
+    original = dataclasses.replace(make_checkpoint(3), ema={"a": torch.zeros(2)})
+    copy = original.copy()
+    for tensors in original.files().values():
+        for tensor in tensors.values():
+            tensor.add_(1)
+    expected = dataclasses.replace(make_checkpoint(3), ema={"a": torch.zeros(2)})
+    assert copy.state == expected.state
+    for name, tensors in expected.files().items():
+        for key, tensor in tensors.items():
+            assert_close(copy.files()[name][key], tensor, rtol=0, atol=0)
 
 
 def draws():

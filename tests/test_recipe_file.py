@@ -441,6 +441,9 @@ def test_empty_study_is_refused():
          "model.tubelet=2: must be 1, as a teacher's targets are a patch each"),
         (DISTILL, "optim.warmup_epochs=11",
          "optim.warmup_epochs=11: must be at most optim.epochs, 10"),
+        (DISTILL, "run={keep_checkpoints: 1, damaged_checkpoint: previous}",
+         "run={keep_checkpoints: 1, damaged_checkpoint: previous}: must be at least 2 for "
+         "run.damaged_checkpoint: previous"),
         (DISTILL, "optim.micro_batch=65",
          "optim.micro_batch=65: must be at most optim.batch_size, 64"),
         (DISTILL, "data.augment.rand_augment={}",
@@ -632,7 +635,8 @@ def test_hash_ignores_what_has_no_say_in_the_result():
     recipe = load_recipe(write("r.yaml", DISTILL))
     harmless = [
         "name=n", "run.folder=x", "run.log_steps=1", "run.save_minutes=1", "run.hang_minutes=1",
-        "run.keep_checkpoints=9", "data.workers=7", "data.decode_timeout_seconds=5",
+        "run.keep_checkpoints=9", "run.damaged_checkpoint=previous",
+        "data.workers=7", "data.decode_timeout_seconds=5",
         "data.train.prefix=/v", "data.train.source=s", "objective.cache.folder=x",
         "objective.cache.shard_mb=1",
     ]  # fmt: skip
