@@ -297,7 +297,10 @@ def _set_image_size(trunk: nn.Module, image_size: int, name: str) -> None:
         return
     patch = getattr(getattr(trunk, "patch_embed", None), "patch_size", None)
     if patch and image_size % patch[0]:
-        raise ValueError(f"timm's {name} takes patches of {patch[0]} px, got {image_size}")
+        raise ValueError(
+            f"timm's {name} takes patches of {patch[0]} px, got {image_size} px a side, "
+            "which they do not divide; set its image size to a multiple"
+        )
     if hasattr(trunk, "set_input_size"):
         trunk.set_input_size((image_size, image_size))
     elif config.get("fixed_input_size"):

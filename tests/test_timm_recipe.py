@@ -183,7 +183,9 @@ def test_mistakes_of_a_timm_teacher_are_found_on_loading():
     with pytest.raises(InputError, match="objective.teacher.model=test_vitt: timm has no model"):
         load_recipe("timm/resnet50", wrong)
     wrong = [*TEACHER[:5], "objective.teacher.image_size=100", *TEACHER[6:]]
-    with pytest.raises(InputError, match="timm's test_vit takes patches of 16 px, got 100"):
+    with pytest.raises(
+        InputError, match="timm's test_vit takes patches of 16 px, got 100 px a side, which"
+    ):
         load_recipe("timm/resnet50", wrong)
 
 
