@@ -13,12 +13,14 @@ from tiny_runs import (
     assert_alike,
     assert_same_run,
     classify,
+    torchrun,
     wait_for_step,
     write_clips,
     write_recipe,
 )
 
 from distill.checkpoint import latest_checkpoint, load_checkpoint
+from distill.recipe_file import load_recipe
 from distill.train import train
 
 HANG_IN_RANK_1 = """\
@@ -26,8 +28,9 @@ import os
 import time
 
 from distill import objective
+from distill.watchdog import Watchdog
 
-forward = objective.ClassifyObjective.forward
+begin, forward = Watchdog.begin, objective.ClassifyObjective.forward
 seen = []
 
 def sleepy(self, batch):
@@ -36,7 +39,13 @@ def sleepy(self, batch):
         time.sleep(1000)
     return forward(self, batch)
 
+def impatient(self, step, *about):
+    if step == 2:  # until then the recipe's time, however slow the machine
+        self.limit_seconds /= 100
+    begin(self, step, *about)
+
 objective.ClassifyObjective.forward = sleepy
+Watchdog.begin = impatient
 
 if __name__ == "__main__":
     from distill.cli import main
@@ -122,8 +131,6 @@ def flat(output: str) -> str:
 
 
 def test_tasks_of_slurm_train_together_as_one_process_alone(videos, undisturbed, tmp_path):
-    from distill.recipe_file import load_recipe
-
     train(load_recipe(recipe_of(videos, tmp_path)), tmp_path / "run")
     assert_alike(undisturbed, tmp_path / "run")
 
@@ -184,15 +191,14 @@ def test_an_error_is_not_queued_again(cluster, tmp_path):
 
 def test_a_rank_that_hangs_is_named_with_its_stack_and_clips_and_ends_the_job(videos, tmp_path):
     (tmp_path / "main.py").write_text(HANG_IN_RANK_1)
-    # Time that reading the first batch may take at most; the second step takes all of it.
-    recipe = classify(videos, run__hang_minutes=0.3, optim__micro_batch=None)
+    recipe = classify(videos, run__hang_minutes=10, optim__micro_batch=None)
     path = write_recipe(recipe, tmp_path / "r.yaml", tmp_path / "run")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    process = start([*torchrun, str(tmp_path / "main.py"), "train", str(path)], dict(os.environ))
+    command = [sys.executable, *torchrun(2), str(tmp_path / "main.py"), "train", str(path)]
+    process = start(command, {**os.environ, "OMP_NUM_THREADS": "1"})
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 1
     told = re.findall(
-        rf"{tmp_path}/run: rank (\d): nothing has moved for 0.3 minutes \(run.hang_minutes\), at "
+        rf"{tmp_path}/run: rank (\d): nothing has moved for 0.1 minutes \(run.hang_minutes\), at "
         r"step 2, on the clips (\S+), (\S+); its stacks:",
         output,
     )
