@@ -442,8 +442,8 @@ def test_empty_study_is_refused():
         (DISTILL, "optim.warmup_epochs=11",
          "optim.warmup_epochs=11: must be at most optim.epochs, 10"),
         (DISTILL, "run={keep_checkpoints: 1, damaged_checkpoint: previous}",
-         "run={keep_checkpoints: 1, damaged_checkpoint: previous}: run.keep_checkpoints: must be at least 2 for "
-         "run.damaged_checkpoint: previous"),
+         "run={keep_checkpoints: 1, damaged_checkpoint: previous}: run.keep_checkpoints: must be "
+         "at least 2 for run.damaged_checkpoint: previous"),
         (DISTILL, "optim.micro_batch=65",
          "optim.micro_batch=65: must be at most optim.batch_size, 64"),
         (DISTILL, "data.augment.rand_augment={}",
