@@ -120,10 +120,20 @@ def joined() -> Iterator[Part]:
         return
     import torch
     from torch import distributed
+    from torch.distributed.rendezvous import rendezvous
+
+    from distill.rendezvous import attempt_store
 
     has_gpu = torch.cuda.is_available()
     backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
-    distributed.init_process_group(backend, timeout=PATIENCE)
+    store, rank, count = next(rendezvous("env://", timeout=PATIENCE))
+    distributed.init_process_group(
+        backend,
+        store=attempt_store(store, rank=rank, count=count),
+        rank=rank,
+        world_size=count,
+        timeout=PATIENCE,
+    )
     try:
         yield part
     finally:

@@ -1,7 +1,6 @@
 """Evaluation shared out among processes: the same numbers, every view once, clean failure."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -90,7 +89,6 @@ def evaluate_by(ranks: int, place: Path, output: str, *, program=("-m", "distill
     """The command of a person at the shell, with torchrun."""
     return subprocess.run(
         [sys.executable, *torchrun(ranks), *program, *command(place, output)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -100,13 +98,8 @@ def evaluate_by(ranks: int, place: Path, output: str, *, program=("-m", "distill
 @pytest.fixture(scope="module")
 def alone(place) -> dict:
     """What one process prints."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as torchrun sets it for each of several
-    try:
-        done = CliRunner().invoke(app, command(place, "alone"))
-    finally:
-        torch.set_num_threads(threads)
-        rich.reconfigure()
+    done = CliRunner().invoke(app, command(place, "alone"))
+    rich.reconfigure()
     assert done.exit_code == 0, done.stderr
     assert "evaluate 42/42 views" in done.stderr
     return json.loads(done.stdout)

@@ -1,7 +1,6 @@
 """A run with all of finetuning: augmentation, repeats, mixing, decays, drop path, averages."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -165,7 +164,6 @@ def test_a_killed_run_ends_with_the_same_bits(finished, folder, tmp_path):
     command = [sys.executable, "-m", "distill", "train", str(tmp_path / "everything.yaml")]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},  # for the same bits
     )  # fmt: skip
     deadline = time.monotonic() + 240
     while not list(place.glob("checkpoints/step-0000000[2-7]")):

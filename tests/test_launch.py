@@ -81,11 +81,11 @@ def cluster(tmp_path_factory) -> dict[str, str]:
     for name, line in commands.items():
         (folder / name).write_text(f"#!/bin/bash\n{line}\n")
         (folder / name).chmod(0o755)
-    job = {"SLURM_JOB_ID": str(10_000 + os.getpid()), "SLURM_NTASKS": "2", "OMP_NUM_THREADS": "1"}
+    job = {"SLURM_JOB_ID": str(10_000 + os.getpid()), "SLURM_NTASKS": "2"}
     return {**os.environ, **job, "PATH": f"{folder}:{os.environ['PATH']}", "TOLD": f"{folder}/told"}
 
 
-def start(command: list[str], environment: dict[str, str]) -> subprocess.Popen:
+def start(command: list[str], environment: dict[str, str] | None = None) -> subprocess.Popen:
     return subprocess.Popen(
         command,
         env=environment,
@@ -160,9 +160,8 @@ def test_a_job_told_to_end_is_queued_again_and_goes_on(videos, undisturbed, clus
 
 
 def test_torchrun_restarts_a_job_of_which_a_rank_was_killed(videos, undisturbed, tmp_path):
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
-    command = ["-m", "distill", "train", str(recipe_of(videos, tmp_path))]
-    process = start([sys.executable, *torchrun, *command], {**os.environ, "OMP_NUM_THREADS": "1"})
+    command = ["--max-restarts", "1", "-m", "distill", "train", str(recipe_of(videos, tmp_path))]
+    process = start([sys.executable, *torchrun(2), *command])
     wait_for_step(tmp_path / "run", 2, process)
     ranks = ranks_of(process)
     assert len(ranks) == 2
@@ -194,7 +193,7 @@ def test_a_rank_that_hangs_is_named_with_its_stack_and_clips_and_ends_the_job(vi
     recipe = classify(videos, run__hang_minutes=30, optim__micro_batch=None)
     path = write_recipe(recipe, tmp_path / "r.yaml", tmp_path / "run")
     command = [sys.executable, *torchrun(2), str(tmp_path / "main.py"), "train", str(path)]
-    process = start(command, {**os.environ, "OMP_NUM_THREADS": "1"})
+    process = start(command)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 1
     told = re.findall(

@@ -1,7 +1,6 @@
 """The quickstart in a shrunken form: real videos, cache, student and table; stopped, resumed."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -31,7 +30,6 @@ def start(folder: Path) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "distill", "train", "quickstart", *SHRUNKEN],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,6 +1,5 @@
 """Runs that save while they train, and what damage, kills and full disks leave of them."""
 
-import os
 import re
 import shutil
 import signal
@@ -141,7 +140,6 @@ def test_kill_9_in_the_middle_of_a_write_leaves_the_previous_checkpoint(finished
     command = [sys.executable, str(tmp_path / "hang.py"), "train"]
     process = subprocess.Popen(
         [*command, str(write_recipe(recipe, tmp_path / "r.yaml", folder))],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -213,7 +211,6 @@ def test_a_full_disk_stops_the_run_in_one_line_and_loses_nothing(finished, video
         command = [sys.executable, str(tmp_path / "limited.py"), "train", str(path)]
     done = subprocess.run(
         command,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,7 +1,6 @@
 """Runs of seconds on real videos, which several test files start, stop and compare."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -153,7 +152,6 @@ def run_cli(recipe: Path, *, ranks: int = 1) -> subprocess.Popen:
     start = torchrun(ranks) if ranks > 1 else []
     return subprocess.Popen(
         [sys.executable, *start, "-m", "distill", "train", str(recipe)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # more only wait for each other here
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
