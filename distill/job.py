@@ -1,5 +1,6 @@
 """From a recipe to what a training loop needs: everything a run reads is opened here."""
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -234,6 +235,8 @@ def describe_model(recipe: schema.Recipe) -> dict[str, str]:
     }
     if isinstance(recipe.objective, schema.Classify):
         described["num_classes"] = str(recipe.objective.num_classes)
+        if recipe.objective.class_names:
+            described["class_names"] = json.dumps(recipe.objective.class_names)
         if recipe.objective.probe is not None:
             described["probe"] = recipe.objective.probe
             described["probe_norm"] = recipe.objective.probe_norm

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from distill import recipe as schema
-from distill.data.index import Clip
+from distill.data.index import Clip, list_bytes
 from distill.scores import Scores, hash_columns
 from distill.students.warmstart import file_sha256
 
@@ -59,7 +59,7 @@ def make_manifest(
             "recipe": recipe.name,
             "split": split,
             "list": listed.list,
-            "list_sha256": hashlib.sha256(Path(listed.list).expanduser().read_bytes()).hexdigest(),
+            "list_sha256": hashlib.sha256(list_bytes(listed)).hexdigest(),
             "weights": None if weights is None else str(weights),
             "weights_sha256": None if weights is None else file_sha256(weights),
             "model": recipe.model.model_dump(mode="json", include={"size", "tubelet"}),

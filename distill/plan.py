@@ -254,7 +254,7 @@ def plan_together(name: str, plans: Mapping[str, Plan]) -> TogetherPlan:
 def count_clips(recipe: Recipe) -> int:
     """Clips in the training list: of the file, of the demo, or as the recipe states them."""
     section = recipe.data.train
-    if section.list is not None and Path(section.list).is_file():
+    if section.list is not None and Path(section.list).expanduser().exists():
         return len(read_list(section, seed=recipe.run.seed))
     stated = recipe.data.demo.train_clips if recipe.data.demo else section.num_clips
     if stated is None:

@@ -127,9 +127,12 @@ class Demo(Section):
 
 
 class ClipList(Section):
-    """A list file and, for `plan` without it, how many clips it holds."""
+    """A list file or a folder of class folders and, for `plan` without it, its number of clips."""
 
     list: str | None
+    part: Literal["train", "val", "test"] | None = Field(
+        None, description="of a folder, which names' hashes divide; all of it when not given"
+    )
     prefix: str | None = None
     share: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="keep this share of the clips, drawn per class with the run's seed"
@@ -205,6 +208,11 @@ class Augment(Section):
 
 
 class Data(Section):
+    folder: str | None = Field(
+        None,
+        description="of class folders of videos, in place of lists; objective.num_classes and "
+        "class_names follow from it",
+    )
     train: ClipList
     val: ClipList | None = None
     test: ClipList | None = None
@@ -304,6 +312,7 @@ class Classify(Section):
 
     kind: Literal["classify"]
     num_classes: PositiveInt
+    class_names: tuple[str, ...] | None = Field(None, description="in the order of labels")
     trainable: Literal["all", "pool", "head"] = Field(
         "all", description="all: finetune; pool: attentive probe; head: linear probe"
     )

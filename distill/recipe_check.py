@@ -258,6 +258,10 @@ def _contradictions(recipe: Recipe, earlier: Collection[str] | None) -> Iterator
         yield from distill_errors(recipe, recipe.objective, student=size)
         yield from _classify_only(recipe)
     else:
+        names = recipe.objective.class_names
+        if names is not None and len(names) != recipe.objective.num_classes:
+            number = recipe.objective.num_classes
+            yield ("objective", "class_names"), f"are {len(names)}, but num_classes is {number}"
         yield from probe_errors(recipe, recipe.objective)
         yield from _augment_errors(recipe)
         classes = MAPPED_CLASSES.get(model.weights.head) if model.weights else None
@@ -344,8 +348,14 @@ def missing_inputs(
     if verb == "evaluate" or (verb == "train" and not is_distill):
         splits.append(recipe.evaluate.split)
     lines = []
+    folder = recipe.data.folder
+    has_folder = folder is None or Path(folder).expanduser().is_dir()
+    if not has_folder and (splits or is_distill):
+        lines.append(_missing("data.folder", f"{folder}: no such folder", None))
     for split in dict.fromkeys(splits):
         clips = getattr(recipe.data, split)
+        if not has_folder and clips is not None and clips.part is not None:
+            continue
         if clips is not None and recipe.data.demo is None and not (is_cached and not clips.list):
             lines += _missing_list(clips, f"{prefix}data.{split}", reads_videos=not is_cached)
     for keys, weights in _weights(recipe):
@@ -377,7 +387,7 @@ def _has_cache(recipe: Recipe) -> bool:
 def _missing_list(clips: ClipList, key: str, *, reads_videos: bool) -> Iterator[str]:
     if clips.list is None:
         yield _missing(f"{key}.list", "not set", clips.source)
-    elif not Path(clips.list).is_file():
+    elif not Path(clips.list).expanduser().exists():
         yield _missing(f"{key}.list", f"{clips.list}: no such file", clips.source)
     if reads_videos and clips.prefix is not None and not Path(clips.prefix).is_dir():
         yield _missing(f"{key}.prefix", f"{clips.prefix}: no such folder", None)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
+from distill.data.folder import fill_from_folder
 from distill.errors import InputError
 from distill.recipe import Recipe, Students, Study
 from distill.recipe_check import (
@@ -273,6 +274,7 @@ def _with_changes(
             tree.update(toy_recipe(whole).model_dump(mode="json"))
     for change in changes:
         _set(tree, origins, *change)
+    fill_from_folder(tree)
     return tree
 
 

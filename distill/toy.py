@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from distill.recipe import Classify, Recipe, Size, vit_size
+from distill.recipe import Classify, Distill, Recipe, Size, vit_size
 from distill.recipe_check import STAGE
 from distill.students import create_student
 
@@ -140,15 +141,24 @@ def make_toy_weights(recipe: Recipe) -> None:
             continue
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.run.seed)
-            student = create_student(
-                vit_size(recipe.model.size),
-                frames=section.frames or recipe.data.views.frames,
-                image_size=recipe.data.views.image_size,
-                num_layers=2,
-                decoder="linear",
-            )
+            student = _released_student(recipe, frames=section.frames)
         state = {prefix + name: value for name, value in student.state_dict().items()}
         if prefix:
             state["temp"] = torch.ones(())
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"module": state}, path)
+
+
+def _released_student(recipe: Recipe, *, frames: int | None) -> nn.Module:
+    """What a released file holds: for a student that goes on distilling, its own projectors too."""
+    if isinstance(recipe.objective, Distill):
+        from distill.models import build_student  # not at the top: recipes are read without models
+
+        return build_student(recipe)
+    return create_student(
+        vit_size(recipe.model.size),
+        frames=frames or recipe.data.views.frames,
+        image_size=recipe.data.views.image_size,
+        num_layers=2,
+        decoder="linear",
+    )

@@ -164,7 +164,7 @@ def test_lists_that_cannot_be_read(tmp_path):
     (tmp_path / "latin.csv").write_bytes(b"caf\xe9.mp4 3\n")
     with pytest.raises(InputError, match=r"latin.csv: not a text file in UTF-8 \(byte 3\)"):
         read_list(ClipList(list=str(tmp_path / "latin.csv")))
-    with pytest.raises(InputError, match="cannot read the list: Is a directory"):
+    with pytest.raises(InputError, match="has no folders; sort the videos"):
         read_list(ClipList(list=str(tmp_path)))
     with pytest.raises(InputError, match="no list file is given"):
         read_list(ClipList(list=None))

@@ -124,7 +124,8 @@ def test_key_in_the_wrong_section_is_sent_to_the_right_one():
 def test_unknown_key_without_a_near_one_lists_what_is_known():
     text = DISTILL.replace("train: {list", "train: {zzz: 1, list")
     assert mistakes(text) == [
-        "r.yaml: data.train.zzz: unknown key; known here: list, prefix, share, num_clips, source"
+        "r.yaml: data.train.zzz: unknown key; known here: list, part, prefix, share, num_clips, "
+        "source",
     ]
 
 
@@ -132,8 +133,8 @@ def test_unknown_key_of_a_kind_is_compared_with_that_kinds_keys():
     text = CLASSIFY.replace("kind: classify", "kind: classify\n  targets: live\n  targts: live")
     assert mistakes(text) == [
         "r.yaml: objective.targets: is no setting of kind 'classify'",
-        "r.yaml: objective.targts: unknown key; known here: kind, num_classes, trainable, "
-        "probe, probe_norm, label_smoothing, fc_drop, mixing, features, sweep",
+        "r.yaml: objective.targts: unknown key; known here: kind, num_classes, class_names, "
+        "trainable, probe, probe_norm, label_smoothing, fc_drop, mixing, features, sweep",
     ]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from distill import draw
+from distill.data.folder import read_folder
 from distill.errors import InputError
 from distill.recipe import ClipList
 
@@ -59,6 +60,7 @@ def read_list(section: ClipList, *, seed: int = 0) -> list[Clip]:
     """Read a list file; what separates its fields and which form it has is found by looking.
 
     Paths are relative to `prefix` or, without one, to the list's folder; `~` is the home folder.
+    A list that is a folder of class folders is its videos, or a part of them.
     `share` keeps that part of each class, chosen by `seed`.
 
     Raises `InputError` that names every bad line with its number.
@@ -66,6 +68,11 @@ def read_list(section: ClipList, *, seed: int = 0) -> list[Clip]:
     if section.list is None:
         raise InputError("no list file is given: set data.train.list (or val, test) to one")
     path = Path(section.list).expanduser()
+    if path.is_dir():
+        clips = _folder_clips(path, section)
+        return _keep_share(clips, section.share, seed) if section.share < 1 else clips
+    if section.part is not None:
+        raise InputError(f"{path}: no such folder; `part` is of a folder of class folders")
     lines = _read_lines(path)
     if not lines:
         raise InputError(f"{path}: the list is empty; expected a clip on each line")
@@ -87,6 +94,21 @@ def read_list(section: ClipList, *, seed: int = 0) -> list[Clip]:
     if wrong:
         raise InputError(_all_wrong(wrong))
     return _keep_share(clips, section.share, seed) if section.share < 1 else clips
+
+
+def list_bytes(section: ClipList) -> bytes:
+    """What a list says: the file's bytes, or a line for each video of a folder."""
+    path = Path(section.list).expanduser()
+    if not path.is_dir():
+        return path.read_bytes()
+    return "".join(f"{clip.name} {clip.label}\n" for clip in _folder_clips(path, section)).encode()
+
+
+def _folder_clips(folder: Path, section: ClipList) -> list[Clip]:
+    return [
+        Clip(id=clip_id(name), path=os.path.join(folder, name), name=name, label=label, line=number)
+        for number, (name, label) in enumerate(read_folder(folder, section.part), 1)
+    ]
 
 
 def check_videos(clips: Sequence[Clip], section: ClipList) -> None:
