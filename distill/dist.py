@@ -88,6 +88,12 @@ def num_ranks(environment: Mapping[str, str] = os.environ) -> int:
     return _number(environment, "WORLD_SIZE", default=1)
 
 
+def speaker(environment: Mapping[str, str] = os.environ) -> str:
+    """`rank 3: `, to begin a message with, where torchrun has started several processes."""
+    is_one = environment.get("WORLD_SIZE", "1") == "1"
+    return "" if is_one else f"rank {environment.get('RANK')}: "
+
+
 def use_own_gpu(environment: Mapping[str, str] = os.environ) -> None:
     """Make "cuda" mean the GPU that torchrun's LOCAL_RANK leaves this process; nothing on a CPU.
 

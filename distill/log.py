@@ -4,8 +4,9 @@ import json
 import logging
 import os
 import time
+import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import rich
@@ -22,21 +23,65 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from distill.errors import InputError, StateError
+
 LINE_SECONDS = 30.0  # between two progress lines where there is no terminal to redraw
 
 _live: list[Progress] = []  # a console redraws one display, so inner bars join the outer one's
 _lines: list["LineBar"] = []
 
 
-def configure(level: int = logging.INFO) -> None:
-    """Send the package's log messages to the console; the command line calls this once."""
+def configure(level: int = logging.INFO, *, speaker: str = "") -> None:
+    """Send the package's log messages to the console; the command line calls this once.
+
+    `speaker` comes before each of them.
+    """
     logger = logging.getLogger("distill")
     if not logger.handlers:
         handler = RichHandler(console=rich.get_console(), show_path=False, log_time_format="%X")
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(logging.Formatter(f"{speaker}%(message)s"))
         logger.addHandler(handler)
     logger.setLevel(level)
     logger.propagate = False
+
+
+class _FileHandler(logging.FileHandler):
+    """Writes where it can: a full disk is for those to report who cannot go on without room."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):
+            super().emit(record)
+
+    def handleError(self, _: logging.LogRecord) -> None:
+        """Say nothing."""
+
+
+@contextmanager
+def kept_in(path: Path) -> Iterator[None]:
+    """Write what the package logs in the block to a file too, and the error that ends it.
+
+    There is no file before there is something to write.
+    """
+    logger = logging.getLogger("distill")
+    handler = _FileHandler(path, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    try:
+        yield
+    except (InputError, StateError) as error:
+        _write_error(handler, str(error))
+        raise
+    except Exception as error:
+        _write_error(handler, "".join(traceback.format_exception(error)).rstrip())
+        raise
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def _write_error(handler: logging.Handler, text: str) -> None:
+    """To the file alone: the console gets the error from whoever ends the process."""
+    handler.handle(logging.LogRecord("distill", logging.ERROR, "", 0, text, None, None))
 
 
 class Bar:
@@ -198,29 +243,3 @@ def _complete_lines(path: Path) -> list[str]:
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
         if line.endswith("\n")
     ]
-
-
-class Meter:
-    """Clips per second, and the share of the time that was spent waiting for data.
-
-    `wait_seconds` is what the loader has waited in all, as it counts it itself. `cached` of the
-    `clips` came from a cache that may have gaps; None where there is no such.
-    """
-
-    def __init__(self, wait_seconds: float) -> None:
-        self.clips, self._waited, self._time = 0, wait_seconds, time.monotonic()
-        self.cached: int | None = None
-
-    def read(self, wait_seconds: float) -> dict[str, float]:
-        """The rates since the last reading."""
-        now = time.monotonic()
-        elapsed = max(now - self._time, 1e-9)
-        rates = {
-            "clips_per_second": self.clips / elapsed,
-            "data_wait": (wait_seconds - self._waited) / elapsed,
-        }
-        if self.cached is not None and self.clips:
-            rates["hit_rate"] = self.cached / self.clips
-        self.clips, self._waited, self._time = 0, wait_seconds, now
-        self.cached = None
-        return rates

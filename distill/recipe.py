@@ -375,6 +375,11 @@ class Run(Section):
     hang_minutes: Positive = Field(
         30.0, description="without a step after which several processes give up, and say why"
     )
+    peak_tflops: Positive | None = Field(
+        None,
+        description="what one device can do in optim.precision, for the MFU; from distill/meter.py "
+        "when not given, and without it there is no MFU",
+    )
     toy: bool = Field(
         False,
         description="shrinks sizes, pixels, batches and epochs, to try a recipe out in seconds "

@@ -37,7 +37,8 @@ PATH_KEYS = ("checkpoint", "folder", "list", "prefix")
 PLAIN_NAME = re.compile(r"[\w-]+")
 # Settings that may differ between a run and its resume: they say where and how often, not what.
 HARMLESS = re.compile(
-    r"name|run\.(folder|save_minutes|keep_checkpoints|damaged_checkpoint|log_steps|hang_minutes)|"
+    r"name|run\.(folder|save_minutes|keep_checkpoints|damaged_checkpoint|log_steps|hang_minutes|"
+    r"peak_tflops)|"
     r"data\.(workers|decode_timeout_seconds)|data\.(train|val|test)\.(prefix|num_clips)|.*\.source|"
     r"objective\.(cache|features)\.(folder|shard_mb|shard_minutes)"
 )

@@ -10,7 +10,7 @@ import rich
 import typer
 from rich.console import Console
 
-from distill.dist import joined_part, wait_for_all
+from distill.dist import joined_part, read_part, speaker, wait_for_all
 from distill.errors import InputError, StateError
 from distill.interrupt import ENDINGS
 
@@ -37,7 +37,8 @@ def load_inputs(
             f"(shipped: {', '.join(shipped_recipes())})"
         )
     loaded = load_recipe(name, overrides or ())
-    configure_log()
+    # Processes that train or evaluate together have the same news, parts of a cache their own.
+    configure_log(only_first=verb in ("train", "evaluate"))
     if verb == "plan":
         return loaded
     stages = recipes_of(loaded, with_cache=verb == "cache-teacher")
@@ -109,11 +110,16 @@ def recipe_of_cache(
     return resolved_stage(one, loaded)
 
 
-def configure_log() -> None:
-    """Show what the package logs."""
+def configure_log(*, only_first: bool = False) -> None:
+    """Show what the package logs, and of several processes who says it.
+
+    With `only_first` the others' warnings and errors alone.
+    """
     from distill import log
 
-    log.configure(logging.INFO)
+    part = read_part(None)
+    level = logging.WARNING if only_first and part.index else logging.INFO
+    log.configure(level, speaker=speaker())
 
 
 def recipes_of(
@@ -166,7 +172,7 @@ def clean_exit() -> Iterator[None]:
     try:
         yield
     except (InputError, StateError, WeightsError) as error:
-        print_plain(str(error), stderr=True)
+        print_plain(f"{speaker()}{error}", stderr=True)
         raise typer.Exit(EXIT_INPUT) from None
     except KeyboardInterrupt:
         print_plain("Interrupted; the same command goes on from here.", stderr=True)

@@ -51,6 +51,7 @@ from distill.job import (
     describe_model,
     open_cache,
 )
+from distill.meter import Meter, note
 from distill.probe import make_schedules, update_records
 from distill.probe_scores import evaluate_settings
 from distill.run_folder import SUMMARY, claim_folder
@@ -85,6 +86,7 @@ def train_together(recipes: Sequence[schema.Recipe], folders: Sequence[Path]) ->
     with ExitStack() as claims:
         for recipe, folder in zip(recipes, folders, strict=True):
             claims.enter_context(claim_folder(folder, recipe))
+            claims.enter_context(log.kept_in(folder / joined_part().name("log.txt")))
         left = [
             (recipe, folder)
             for recipe, folder in zip(recipes, folders, strict=True)
@@ -201,7 +203,9 @@ class Run:
         )
         self.is_first = joined_part().index == 0
         self.at = self.resume()
-        self.meter = log.Meter(stream.wait_seconds)
+        self.meter = Meter(
+            recipe, device=device, wait_seconds=stream.wait_seconds, num_ranks=joined_part().count
+        )
         self.saved_at = time.monotonic()
         self.watchdog = Watchdog(folder, minutes=recipe.run.hang_minutes)
 
@@ -272,9 +276,10 @@ class Run:
         at.step += 1
         at.step_in_epoch += 1
         self.bar.advance()
-        self.meter.clips += batch["num_clips"]
-        if "is_cached" in batch:
-            self.count_hits(batch["is_cached"])
+        is_cached = batch.get("is_cached", torch.empty(0))  # in the memory of the host
+        read, cached = len(is_cached), int(is_cached.sum())
+        self.meter.count(batch["num_clips"], read=read, cached=cached)
+        at.read, at.cached = at.read + read, at.cached + cached
         if at.step % run.log_steps == 0 or at.step == self.num_steps:
             self.log_step(losses, lr=max(lrs))
         told = exchange(self.stop.signum, time.monotonic() - self.saved_at > 60 * run.save_minutes)
@@ -283,27 +288,15 @@ class Run:
         self.writer.check()
         self.stop.check(max(signum for signum, _ in told))
 
-    def count_hits(self, is_cached: torch.Tensor) -> None:
-        """Count the clips [B] of a hybrid run's batch that came from the cache."""
-        hits = int(is_cached.sum())
-        self.at.read += len(is_cached)
-        self.at.cached += hits
-        self.meter.cached = (self.meter.cached or 0) + hits
-
     def log_step(self, losses: dict[str, torch.Tensor], *, lr: float) -> None:
         """Write the step's values; the one place that waits for the device."""
         self.engine.check()
         at = self.at
         at.last = {name: value.item() for name, value in losses.items()}
-        rates = self.meter.read(self.stream.wait_seconds)
-        if not self.is_first:
-            return
-        self.log.write(at.step, {"epoch": at.epoch, "lr": lr, **at.last, **rates})
-        hits = f"  cached {rates['hit_rate']:.0%}" if "hit_rate" in rates else ""
-        self.bar.note(
-            f"loss {at.last['loss']:.4f}  {rates['clips_per_second']:.1f} clips/s  "
-            f"data wait {rates['data_wait']:.0%}{hits}"
-        )
+        rates = self.meter.read(self.stream.wait_seconds, steps_left=self.num_steps - at.step)
+        if self.is_first:
+            self.log.write(at.step, {"epoch": at.epoch, "lr": lr, **at.last, **rates})
+            self.bar.note(note(at.last["loss"], rates))
 
     def end_epoch(self) -> None:
         """Check the epoch on `val` where that is due, and keep the weights if they are the best."""

@@ -11,7 +11,8 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distill import log
-from distill.log import Meter, RunLog
+from distill.errors import StateError
+from distill.log import RunLog
 
 
 def lines(folder):
@@ -61,16 +62,6 @@ def test_lines_can_be_read_while_the_run_goes_on(tmp_path):
     run_log.write(1, {"loss": 1.0})
     assert lines(tmp_path) == [{"step": 1, "loss": 1.0}]
     run_log.close()
-
-
-def test_meter_gives_rates_since_the_last_reading(monkeypatch):
-    now = iter([100.0, 104.0, 106.0])
-    monkeypatch.setattr(log.time, "monotonic", lambda: next(now))
-    meter = Meter(7.0)
-    meter.clips += 32
-    assert meter.read(8.0) == {"clips_per_second": 8.0, "data_wait": 0.25}
-    meter.clips += 4
-    assert meter.read(8.0) == {"clips_per_second": 2.0, "data_wait": 0.0}
 
 
 @pytest.fixture
@@ -132,19 +123,43 @@ def test_an_error_inside_a_bar_frees_the_console(console):
     assert not log._live
 
 
+def test_a_file_keeps_what_is_said_and_the_error_that_ends_a_run(tmp_path):
+    path, logger = tmp_path / "log-3.txt", logging.getLogger("distill.test")
+    with log.kept_in(path):
+        pass
+    assert not path.exists()
+    with pytest.raises(StateError), log.kept_in(path):
+        logger.warning("videos/7.mp4: cannot be decoded")
+        raise StateError("step 2: loss nan")
+    with pytest.raises(ZeroDivisionError), log.kept_in(path):
+        raise ZeroDivisionError
+    logger.warning("after the end")
+    first, second, *rest = path.read_text().splitlines()
+    assert first.endswith(" WARNING videos/7.mp4: cannot be decoded")
+    assert second.endswith(" ERROR step 2: loss nan")
+    assert rest[0].endswith(" ERROR Traceback (most recent call last):")
+    assert rest[-1] == "ZeroDivisionError"
+
+
+def test_a_file_that_cannot_be_written_stops_nothing(tmp_path, capsys):
+    with log.kept_in(tmp_path / "none" / "log.txt"):
+        logging.getLogger("distill.test").warning("heard by nobody")
+    assert capsys.readouterr().err == ""
+
+
 def test_configure_sends_messages_to_the_console_once(console):
     text = console()
     logger = logging.getLogger("distill")
     before = (logger.handlers[:], logger.level, logger.propagate)
     logger.handlers.clear()
     try:
-        log.configure()
+        log.configure(speaker="rank 3: ")
         log.configure()
         logging.getLogger("distill.train").info("runs/x: goes on after step %d", 12)
     finally:
         logger.handlers[:], logger.propagate = before[0], before[2]
         logger.setLevel(before[1])
-    assert text.getvalue().count("runs/x: goes on after step 12") == 1
+    assert text.getvalue().count("rank 3: runs/x: goes on after step 12") == 1
 
 
 def test_non_finite_values_do_not_break_the_line(tmp_path):

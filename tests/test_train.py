@@ -77,7 +77,10 @@ def test_metrics_hold_every_step_and_follow_the_schedule(finished):
     for line in steps:
         assert line["clips_per_second"] > 0
         assert 0 <= line["data_wait"] <= 1.01
+        assert line["tflops"] > 0
         assert line["grad_norm"] > 0
+    left = [line["seconds_left"] for line in steps]
+    assert min(left[:-1]) > 0 == left[-1]
     checks = [line for line in lines if "val/top1" in line]
     assert [(line["step"], line["epoch"]) for line in checks] == [(3, 0), (6, 1)]
     assert summary["last"]["loss"] == steps[-1]["loss"]
@@ -86,7 +89,8 @@ def test_metrics_hold_every_step_and_follow_the_schedule(finished):
 def test_tensorboard_holds_the_same(finished):
     folder, _ = finished
     board = EventAccumulator(str(folder / "tensorboard")).Reload()
-    for name in ("loss", "lr", "grad_norm", "clips_per_second", "data_wait"):
+    rates = ("clips_per_second", "data_wait", "tflops", "seconds_left")
+    for name in ("loss", "lr", "grad_norm", *rates):
         events = [(event.step, event.value) for event in board.Scalars(f"train/{name}")]
         expected = [(line["step"], line[name]) for line in metrics(folder) if name in line]
         assert [step for step, _ in events] == [step for step, _ in expected]

@@ -133,7 +133,9 @@ def test_a_loss_that_is_no_number_in_one_process_stops_all(videos, tmp_path):
     )
     assert done.returncode != 0
     told = re.sub(r"\s+", " ", done.stderr)
-    assert "run: step 2: loss nan" in told
+    assert re.search(r"rank [01]: \S+/run: step 2: loss nan", told)
+    logs = [path.read_text() for path in (tmp_path / "run").glob("log*.txt")]
+    assert any(f" ERROR {tmp_path}/run: step 2: loss nan" in text for text in logs)
     clips = json.loads((tmp_path / "run/non_finite.json").read_text())
     assert clips["step"] == 2
     assert len(set(clips["clips"])) == 4

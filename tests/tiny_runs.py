@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from distill import recipe as schema
 from distill.checkpoint import latest_checkpoint, load_checkpoint
 from distill.interrupt import Interrupted, StopRequest
+from distill.meter import RATES
 from distill.recipe_file import dump_recipe
 
 # What another order of float32 sums leaves after a few steps.
@@ -100,7 +101,7 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def timeless(line: dict) -> dict:
-    return {k: v for k, v in line.items() if k not in ("clips_per_second", "data_wait")}
+    return {k: v for k, v in line.items() if k not in RATES}
 
 
 def assert_same_run(found: Path, expected: Path) -> None:
@@ -124,7 +125,7 @@ def assert_alike(found: Path, expected: Path) -> None:
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     for line, other in zip(ours, theirs, strict=True):
         assert line.keys() == other.keys()
-        for name in other.keys() - {"clips_per_second", "data_wait"}:
+        for name in other.keys() - set(RATES):
             assert_close(line[name], other[name], **ROUNDING)
     for name in ("model.safetensors", "model_ema.safetensors"):
         if (expected / name).exists():
