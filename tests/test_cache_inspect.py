@@ -384,7 +384,6 @@ def test_the_command_prints_json(tmp_path):
 
 def test_the_command_prints_tables(tmp_path, monkeypatch):
     ours, _, _ = make_cache(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["cache", "inspect", "cache", "--sheet", "s.png"])
     assert result.exit_code == 0, result.output

@@ -39,7 +39,6 @@ def distilled(tmp_path_factory) -> Path:
 @pytest.fixture
 def chain(distilled, monkeypatch, caplog):
     monkeypatch.chdir(distilled)
-    monkeypatch.setenv("COLUMNS", "200")
     toys.load_here(monkeypatch)
     return caplog
 

@@ -27,7 +27,6 @@ optim: {lr: 1e-3, batch_size: 8, epochs: 2}
 @pytest.fixture(autouse=True)
 def _in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
 
 
 @pytest.fixture
