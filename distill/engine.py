@@ -17,8 +17,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from distill import draw, recipe
 from distill.dist import everyones, joined_part
-from distill.errors import InputError, StateError
-from distill.kernels import jit
+from distill.errors import StateError
 from distill.optim import param_groups, set_lr
 
 logger = logging.getLogger(__name__)
@@ -34,26 +33,6 @@ LOSS_SCALE_FLOOR = 1.0
 def pick_device() -> torch.device:
     """The first CUDA device, or the CPU where there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@contextmanager
-def using_kernels(kernels: jit.Kernels, device: torch.device) -> Iterator[None]:
-    """Take a recipe's `run.kernels` for as long as a run lasts, and say on a GPU which they are.
-
-    A run within a run, such as a build of the cache that training lacks, does not say it again.
-    """
-    if device.type == "cuda" and kernels == "triton" and jit.triton is None:
-        raise InputError(
-            "run.kernels is 'triton', but Triton is not installed; install it, or set "
-            "run.kernels=torch"
-        )
-    before = jit.choose(kernels)
-    if device.type == "cuda" and before != kernels:
-        logger.info("kernels on %s: %s", device, kernels)
-    try:
-        yield
-    finally:
-        jit.choose(before)
 
 
 def seed_generators(seed: int) -> None:

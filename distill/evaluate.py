@@ -25,8 +25,9 @@ from distill.checkpoint import write_json, write_text
 from distill.data.index import Clip, read_list
 from distill.data.load import ClipLoader, Task, View, collate, load_eval_task
 from distill.dist import WHOLE, Part
-from distill.engine import autocast, pick_device, to_device, using_kernels
+from distill.engine import autocast, pick_device, to_device
 from distill.errors import InputError, StateError
+from distill.kernel_choice import using_kernels
 from distill.manifest import make_manifest
 from distill.metrics import RESAMPLES, class_rows, confusion_matrix, measure, merge_views
 from distill.models import build_classifier
@@ -290,7 +291,7 @@ def evaluate_recipe(
     load_weights(model, checkpoint, head="keep")
     folder = folder or Path(recipe.run.folder) / f"evaluate-{section.split}"
     folder.mkdir(parents=True, exist_ok=True)
-    with using_kernels(recipe.run.kernels, device):
+    with using_kernels([recipe], device):
         return evaluate(
             model,
             recipe,

@@ -14,6 +14,7 @@ import torch
 
 from distill import recipe as schema
 from distill.data.index import Clip, list_bytes
+from distill.kernels import jit
 from distill.scores import Scores, hash_columns
 from distill.students.warmstart import file_sha256
 
@@ -64,7 +65,7 @@ def make_manifest(
             "weights_sha256": None if weights is None else file_sha256(weights),
             "model": recipe.model.model_dump(mode="json", include={"size", "tubelet"}),
             "precision": recipe.optim.precision,
-            "kernels": recipe.run.kernels,
+            "kernels": jit.chosen() or "torch" if device.type == "cuda" else "torch",
             "batch_size": recipe.evaluate.batch_size,
             "device": _device_name(device),
             "ranks": ranks,

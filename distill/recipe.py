@@ -385,10 +385,10 @@ class Run(Section):
         description="shrinks sizes, pixels, batches and epochs, to try a recipe out in seconds "
         "on a CPU, in folders that end in -toy; other overrides are set in what is left",
     )
-    kernels: Literal["torch", "triton"] = Field(
-        "torch",
-        description="triton takes this project's kernels on a GPU; not the default until their "
-        "tests have passed on one",
+    kernels: Literal["auto", "torch", "triton"] = Field(
+        "auto",
+        description="what runs on a GPU: auto takes this project's kernels (triton) if a short "
+        "check finds them right on that very device, and torch's operations where it does not",
     )
 
 

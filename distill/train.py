@@ -38,7 +38,6 @@ from distill.engine import (
     reproducible,
     seed_generators,
     split_batch,
-    using_kernels,
 )
 from distill.errors import StateError
 from distill.evaluate import evaluate, score_views
@@ -51,6 +50,7 @@ from distill.job import (
     describe_model,
     open_cache,
 )
+from distill.kernel_choice import using_kernels
 from distill.meter import Meter, note
 from distill.probe import make_schedules, update_records
 from distill.probe_scores import evaluate_settings
@@ -101,7 +101,7 @@ def train_together(recipes: Sequence[schema.Recipe], folders: Sequence[Path]) ->
 def train_unfinished(left: Sequence[tuple[schema.Recipe, Path]]) -> None:
     """Open what the recipes read, train them in their folders and write their summaries."""
     device, seed = pick_device(), left[0][0].run.seed
-    with using_kernels(left[0][0].run.kernels, device), reproducible(device, seed=seed):
+    with using_kernels([one for one, _ in left], device), reproducible(device, seed=seed):
         cache = open_cache(left[0][0]) if len(left) > 1 else None
         jobs = []
         for recipe, folder in left:

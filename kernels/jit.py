@@ -18,7 +18,7 @@ try:
 except ImportError:
     triton = tl = None
 
-__all__ = ["Kernels", "choose", "jit", "operation", "tl", "uses_triton"]
+__all__ = ["Kernels", "choose", "chosen", "jit", "operation", "tl", "uses_triton"]
 
 Kernels = Literal["torch", "triton"]
 # Of the process, since a backward pass may run in another thread; None where no run has chosen.
@@ -66,6 +66,11 @@ def choose(kernels: Kernels | None) -> Kernels | None:
         raise ValueError(f"kernels must be one of {', '.join(get_args(Kernels))}, got {kernels!r}")
     before, _chosen = _chosen, kernels
     return before
+
+
+def chosen() -> Kernels | None:
+    """What `choose` was told last, None where nothing has been chosen."""
+    return _chosen
 
 
 def uses_triton(tensor: Tensor) -> bool:

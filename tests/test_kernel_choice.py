@@ -1,18 +1,19 @@
-"""Which operations run on a GPU: torch's, unless a recipe takes this project's kernels."""
+"""Which operations run on a GPU: this project's kernels where they are right, or torch's."""
 
 import importlib.util
 import logging
 
 import pytest
 import torch
+from interpret import interpret
 from pydantic import ValidationError
 from torch.testing import assert_close
 
-from distill import evaluate, train
+from distill import evaluate, kernel_choice, train
 from distill.cache import build
 from distill.cache.codes import Codec
-from distill.engine import using_kernels
-from distill.errors import InputError
+from distill.errors import InputError, StateError
+from distill.kernel_choice import using_kernels
 from distill.kernels import (
     alignment,
     attention,
@@ -22,6 +23,7 @@ from distill.kernels import (
     linear_alignment,
     patch_embed,
     rmsnorm,
+    self_check,
 )
 from distill.kernels.coded_targets import CodedTargets
 from distill.objective import align_layers
@@ -162,11 +164,11 @@ def test_on_a_cpu_kernels_are_never_taken(case):
     assert_close(case(lambda tensor: tensor), expected, rtol=0, atol=0)
 
 
-def test_torch_is_the_default_of_a_process_and_of_a_recipe():
+def test_a_process_takes_torch_and_a_recipe_what_is_proven():
     spec = importlib.util.spec_from_file_location("fresh_jit", jit.__file__)
     fresh = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fresh)
-    assert [fresh._chosen, Run().kernels] == [None, "torch"]
+    assert [fresh._chosen, Run().kernels] == [None, "auto"]
     assert fresh.uses_triton(on_gpu(torch.ones(1))) is False
 
 
@@ -262,7 +264,7 @@ STARTS = {  # what of a module runs with the recipe's kernels, and what comes to
 }
 
 
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("kernels", ["auto", "torch", "triton"])
 @pytest.mark.parametrize("start", STARTS)
 def test_a_run_takes_the_recipes_kernels_and_leaves_none_behind(
     start, kernels, monkeypatch, tmp_path
@@ -280,43 +282,149 @@ def test_a_run_takes_the_recipes_kernels_and_leaves_none_behind(
         raise KernelTaken
 
     monkeypatch.setattr(module, name, stop)
-    other = {"torch": "triton", "triton": "torch"}[kernels]
+    other = {"torch": "triton", "triton": "torch", "auto": None}[kernels]
     jit.choose(other)
     with pytest.raises(KernelTaken):
         call(recipe(kernels, objective))
-    assert (chosen, jit._chosen) == ([kernels], other)
+    taken = "torch" if kernels == "auto" else kernels  # which a CPU takes without a check
+    assert (chosen, jit._chosen) == ([taken], other)
 
 
 def test_a_recipe_takes_no_other_kernels():
-    with pytest.raises(ValidationError, match="Input should be 'torch' or 'triton'"):
+    with pytest.raises(ValidationError, match="Input should be 'auto', 'torch' or 'triton'"):
         recipe("cuda", CLASSIFY)
     with pytest.raises(ValueError, match="kernels must be one of torch, triton, got 'cuda'"):
         jit.choose("cuda")
 
 
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
-def test_the_log_says_once_on_a_gpu_which_kernels_run(kernels, monkeypatch, caplog):
+GPU = torch.device("cuda")
+
+
+@pytest.fixture
+def check(monkeypatch):
+    """In place of the check on a GPU: what it finds wrong by dtype, and the dtypes it ran in."""
+    wrong, seen = {}, []
+
+    def found(device, dtype):
+        seen.append(dtype)
+        if isinstance(wrong.get(dtype), Exception):
+            raise wrong[dtype]
+        return wrong.get(dtype, {})
+
     monkeypatch.setattr(jit, "triton", object())
+    monkeypatch.setattr(kernel_choice, "self_check", found)
+    kernel_choice._proven.cache_clear()
+    yield wrong, seen
+    kernel_choice._proven.cache_clear()
+
+
+def chosen_by(*recipes, device=GPU):
+    with using_kernels(recipes, device):
+        return jit.chosen()
+
+
+def in_precision(precision, *, kernels="auto", teacher="bf16"):
+    section = {**DISTILL["teacher"], "precision": teacher}
+    one = recipe(kernels, {**DISTILL, "teacher": section})
+    return one.model_copy(update={"optim": one.optim.model_copy(update={"precision": precision})})
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_the_log_says_once_on_a_gpu_which_kernels_run(kernels, check, caplog):
     jit.choose(None)
-    on_gpu = torch.device("cuda")
-    with caplog.at_level(logging.INFO, logger="distill.engine"):
-        with using_kernels(kernels, torch.device("cpu")):
+    one = recipe(kernels, CLASSIFY)
+    with caplog.at_level(logging.INFO, logger="distill.kernel_choice"):
+        with using_kernels([one], torch.device("cpu")):
             assert caplog.messages == []
-        with using_kernels(kernels, on_gpu):
-            with using_kernels(kernels, on_gpu):  # a run within a run
+        with using_kernels([one], GPU):
+            with using_kernels([one], GPU):  # a run within a run
                 pass
             assert jit._chosen == kernels
         assert caplog.messages == [f"kernels on cuda: {kernels}"]
-        with using_kernels(kernels, on_gpu):  # the next one
-            pass
+        assert chosen_by(one) == kernels  # the next one
     assert caplog.messages == [f"kernels on cuda: {kernels}"] * 2
-    assert jit._chosen is None
+    assert jit._chosen is None and check[1] == []
 
 
-def test_kernels_without_triton_are_refused_on_a_gpu(monkeypatch):
+def test_kernels_that_pass_their_check_are_the_default_on_a_gpu(check, caplog):
+    one = in_precision("fp16")
+    with caplog.at_level(logging.INFO, logger="distill.kernel_choice"):
+        assert chosen_by(one, device=torch.device("cpu")) == "torch"
+        assert (caplog.messages, check[1]) == ([], [])
+        with using_kernels([one, in_precision("fp32")], GPU):
+            assert chosen_by(in_precision("bf16")) == "triton"  # a run within a run
+    (message,) = caplog.messages
+    assert message.startswith("kernels on cuda: triton (right in bf16, fp16, fp32 by a check of ")
+    assert check[1] == [torch.bfloat16, torch.float16, torch.float32]
+    assert chosen_by(one, in_precision("fp32")) == "triton"
+    assert len(check[1]) == 3, "once in a process"
+
+
+def test_kernels_that_fail_their_check_are_named_and_torchs_are_taken(check, caplog):
+    check[0][torch.float16] = {"rmsnorm": "is off by 2.0e-01", "attention": "TypeError: no"}
+    one = in_precision("fp16")
+    with caplog.at_level(logging.INFO, logger="distill.kernel_choice"):
+        assert [chosen_by(one), chosen_by(one)] == ["torch"] * 2
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == [
+        "kernels on cuda: torch's operations are taken, since this project's fail their check: "
+        "rmsnorm is off by 2.0e-01; attention TypeError: no; run.kernels=torch takes them without "
+        "a check"
+    ]
+    assert len(check[1]) == 2, "bf16 of the teacher and fp16, once"
+
+
+def test_all_processes_take_torch_where_the_check_fails_in_one(check, caplog, monkeypatch):
+    monkeypatch.setattr(kernel_choice, "exchange", lambda count: [(count,), (2,)])
+    assert chosen_by(in_precision("bf16")) == "torch"
+    assert "fail their check: in the process of rank 1, which says why; run" in caplog.text
+
+
+def test_without_triton_the_default_is_torch_and_its_name_is_refused(check, monkeypatch, caplog):
     monkeypatch.setattr(jit, "triton", None)
-    refused = pytest.raises(InputError, match="Triton is not installed; .* run.kernels=torch")
-    with refused, using_kernels("triton", torch.device("cuda")):
-        pass
-    with using_kernels("triton", torch.device("cpu")):
+    assert chosen_by(in_precision("bf16")) == "torch"
+    assert "triton is not installed" in caplog.text and check[1] == []
+    one = recipe("triton", CLASSIFY)
+    with pytest.raises(InputError, match="Triton is not installed; .* run.kernels=torch"):
+        chosen_by(one)
+    with using_kernels([one], torch.device("cpu")):
         assert jit.uses_triton(torch.ones(1)) is False
+
+
+def test_a_kernel_that_takes_the_device_down_ends_the_run_with_what_to_do(check):
+    check[0][torch.bfloat16] = RuntimeError("down; run again with run.kernels=torch")
+    with pytest.raises(StateError, match="run again with run.kernels=torch"):
+        chosen_by(in_precision("bf16"))
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory):
+    """What the check says in Triton's interpreter: of kernels as they are, and of broken ones."""
+    broken = {"attention.LOG2E": 1.0, "rmsnorm._rmsnorm_fwd_kernel": None}
+    calls = {
+        "half": ("applied.self_checked", ("float16", (), {}), {}),
+        "single": ("applied.self_checked", ("float32", ("linear_alignment",), {}), {}),
+        "broken": ("applied.self_checked", ("float16", ("attention", "rmsnorm"), broken), {}),
+    }
+    return interpret(calls, tmp_path_factory.mktemp("interpreter"))
+
+
+def test_the_check_passes_kernels_that_are_right(checked):
+    assert (checked["half"], checked["single"]) == ({}, {})
+
+
+def test_the_check_names_kernels_that_are_wrong_or_do_not_launch(checked):
+    assert set(checked["broken"]) == {"attention", "rmsnorm"}
+    assert checked["broken"]["attention"].startswith("is off by 1.")
+    assert checked["broken"]["rmsnorm"].startswith("TypeError: 'NoneType' object is not")
+
+
+def test_the_check_leaves_the_choice_and_the_generators_alone():
+    jit.choose("torch")
+    before = torch.get_rng_state()
+    device = torch.device("cpu")
+    assert self_check.self_check(device, torch.float32) == {}  # references against themselves
+    assert (jit.chosen(), torch.equal(torch.get_rng_state(), before)) == ("torch", True)
+    kernels = {case.kernel for case in self_check.cases(device, torch.bfloat16)}
+    modules = (alignment, attention, coded_targets, codes, linear_alignment, patch_embed, rmsnorm)
+    assert kernels == {module.__name__.rsplit(".", 1)[1] for module in modules}

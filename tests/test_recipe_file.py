@@ -577,7 +577,7 @@ def test_mistakes_of_students_name_the_file_they_are_in():
     ("setting", "found", "other"),
     [
         ("run.seed", "1", "0"),
-        ("run.kernels", '"triton"', '"torch"'),
+        ("run.kernels", '"triton"', '"auto"'),
         ("data.train.list", '"l.csv"', '"clips.csv"'),
         ("data.train.share", "0.5", "1.0"),
         ("data.views.frames", "4", "8"),
@@ -657,7 +657,7 @@ def test_differences_name_settings_and_both_values():
         'data.views.sampling.kind: "sparse", now "dense"',
         "data.views.sampling.stride_frames: null, now 4",
         "optim.lr: 0.001, now 0.002",
-        'run.kernels: "torch", now "triton"',
+        'run.kernels: "auto", now "triton"',
     ]
 
 

@@ -27,7 +27,8 @@ from distill.cache.writer import RecordWriter
 from distill.data.index import Clip, check_videos, read_list
 from distill.data.load import Quarantine, Task
 from distill.dist import WHOLE, Part
-from distill.engine import pick_device, using_kernels
+from distill.engine import pick_device
+from distill.kernel_choice import using_kernels
 from distill.recipe import Recipe
 from distill.teachers import Teacher
 
@@ -124,7 +125,7 @@ def build_cache(
         check_writable(folder)  # rather than after the means were measured
         # A wrong folder would fill the quarantine.
         check_videos([clips[i] for i in np.flatnonzero(wanted.any(axis=0))], recipe.data.train)
-        with using_kernels(recipe.run.kernels, pick_device()):
+        with using_kernels([recipe], pick_device()):
             teachers = cached_teachers(recipe)
             if codec is None:
                 first = int(part_of[wanted.any(axis=0)][0])  # it has work, so it loads a teacher

@@ -22,8 +22,9 @@ from distill.cache.inspect import OpenedCache, coding_noise, sample_rows
 from distill.cache.live import cached_teachers, make_records, view_loader
 from distill.data.index import read_list
 from distill.data.load import Quarantine, Task, View
-from distill.engine import pick_device, using_kernels
+from distill.engine import pick_device
 from distill.errors import InputError
+from distill.kernel_choice import using_kernels
 from distill.recipe import MAIN, Recipe, of_teacher
 from distill.students.vit import patchify
 
@@ -93,7 +94,7 @@ def recompute(
     batches = [tasks[start : start + size] for start in range(0, len(tasks), size)]
     errors: dict[str, list[tuple[Tensor, Tensor]]] = {}
     with (
-        using_kernels(recipe.run.kernels, pick_device()),
+        using_kernels([recipe], pick_device()),
         progress(f"recompute {cache.folder}", total=len(rows), unit="records") as bar,
         closing(view_loader(recipe, quarantine).run(batches)) as loaded,
     ):
