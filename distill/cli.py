@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from distill.cli_cache import OverridesArgument, cache_app
+from distill.cli_doctor import doctor
 from distill.dist import adopt_slurm
 from distill.errors import InputError
 from distill.shell import (
@@ -38,7 +39,6 @@ app = typer.Typer(
         "`distill train quickstart optim.lr=1e-3`"
     ),
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
@@ -62,6 +62,10 @@ def train(recipe: RecipeArgument = None, overrides: OverridesArgument = None) ->
     Distilling, finetuning, probing, training from scratch, a study of several such stages, or
     several students from one reading of a cache. The teacher's cache is made first where it is
     missing. Everything is written to run.folder. Ctrl-C saves and exits.
+
+        distill train quickstart
+        distill train own data.folder=videos
+        distill train L14 data.train.list=clips.csv data.train.prefix=videos optim.epochs=50
     """
     with clean_exit():
         from distill.dist import joined, use_own_gpu
@@ -123,6 +127,9 @@ def cache_teacher(
 
     Goes on where an earlier call stopped, and does nothing where all is there. With several GPUs:
     `torchrun --nproc-per-node 8 -m distill cache-teacher RECIPE`.
+
+        distill cache-teacher L14 data.train.list=clips.csv --limit 100
+        distill cache-teacher L14 --shard 2/8
     """
     with clean_exit():
         from distill.dist import num_ranks, read_part
@@ -188,6 +195,10 @@ def evaluate(
     1,000 bootstrap resamples of the clips give. With several processes, with the same result:
     `torchrun --nproc-per-node 8 -m distill evaluate RECIPE --checkpoint FILE`. Neither `--scores`
     nor `--compare` needs the recipe, the videos or the weights.
+
+        distill evaluate k400/L14 --checkpoint FILE data.test.list=k400/test.csv
+        distill evaluate own --stage finetuned data.folder=videos evaluate.split=val
+        distill evaluate --compare runs/one runs/other
     """
     with clean_exit():
         if scores is not None or compare is not None:
@@ -262,6 +273,9 @@ def plan(
 
     Parameters, steps, learning rate, FLOPs, bytes, memory and hours, and which of its inputs are
     missing. Needs neither the videos nor the weights.
+
+        distill plan L14 objective.cache.codes=2bit
+        distill plan SBL14 --tflops 300
     """
     with clean_exit():
         loaded = load_inputs("plan", recipe, overrides)
@@ -334,7 +348,15 @@ def zoo(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
-    """The published model zoo: numbers, weights that can be had, and the recipe of each row."""
+    """The published model zoo: numbers, weights that can be had, and the recipe of each row.
+
+    The numbers are those that InternVideo2's authors publish, and the files those that they offer
+    on the Hugging Face hub.
+
+        distill zoo --data k400
+        distill zoo --row k400/L14
+        distill zoo --check FILE --row k400/L14 data.test.list=k400/test.csv
+    """
     with clean_exit():
         from distill.zoo import find_row, row_lines, select_rows, zoo_markdown, zoo_tables
 
@@ -374,10 +396,18 @@ def zoo(
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema of recipes, for editors that complete and check YAML."""
+    """Print the JSON schema of recipes, for editors that complete and check YAML.
+
+    Most editors take it as the schema of a YAML language server.
+
+        distill schema > recipe.schema.json
+    """
     from distill.recipe_file import recipe_schema
 
     print_plain(json.dumps(recipe_schema(), indent=1))
+
+
+app.command()(doctor)
 
 
 def main() -> None:

@@ -39,6 +39,8 @@ def inspect_cache(
     """Say what a cache holds: settings, sizes, and statistics of some of its records.
 
     Needs no recipe.
+
+        distill cache inspect caches/kmash-1B-stage2 --sheet sheet.png
     """
     with clean_exit():
         configure_log()
@@ -79,6 +81,9 @@ def verify_cache(
     """Read all of a cache and compare every record with its checksum.
 
     Prints a line for each damaged file, and ends with exit code 2 where anything is wrong.
+
+        distill cache verify caches/kmash-1B-stage2
+        distill cache verify caches/kmash-1B-stage2 --recipe L14 --recompute 100
     """
     with clean_exit():
         configure_log()

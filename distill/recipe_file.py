@@ -49,7 +49,8 @@ def load_recipe(
 ) -> Recipe | Study | Students:
     """Read a recipe: its bases merged under it, `section.key=value` overrides on top.
 
-    Of several bases, `base: [a.yaml, b.yaml]`, a later one goes over an earlier one.
+    Of several bases, `base: [a.yaml, b.yaml]`, a later one goes over an earlier one. One that is
+    not beside the file may be a shipped recipe.
 
     `./x` and `../x` in a file are relative to that file, other paths and those of overrides to
     the working directory. With stages or students, an override that names none of them holds for
@@ -192,6 +193,8 @@ def _read(path: Path, *, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], 
     under: Draft = ({}, {})
     for one in base if isinstance(base, list) else [] if base is None else [base]:
         below = path.parent / str(one)
+        if not below.is_file():
+            below = shipped_recipes().get(str(one).removesuffix(".yaml"), below)
         if not below.is_file():
             raise InputError(f"{label}: base: {_label(below)}: no such file")
         base_tree, base_origins = _read(below, above=(*above, path.resolve()))
