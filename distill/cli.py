@@ -398,7 +398,8 @@ def zoo(
 def schema() -> None:
     """Print the JSON schema of recipes, for editors that complete and check YAML.
 
-    Most editors take it as the schema of a YAML language server.
+    Most editors take it as the schema of a YAML language server, and then complete the keys and
+    underline what the command would refuse.
 
         distill schema > recipe.schema.json
     """

@@ -38,7 +38,8 @@ def inspect_cache(
 ) -> None:
     """Say what a cache holds: settings, sizes, and statistics of some of its records.
 
-    Needs no recipe.
+    Needs no recipe: a cache says itself what it is, down to the teacher's hash and the version of
+    every rule that made its records.
 
         distill cache inspect caches/kmash-1B-stage2 --sheet sheet.png
     """
@@ -80,7 +81,8 @@ def verify_cache(
 ) -> None:
     """Read all of a cache and compare every record with its checksum.
 
-    Prints a line for each damaged file, and ends with exit code 2 where anything is wrong.
+    Prints a line for each damaged file and for what a recipe asks for and is not there, and ends
+    with exit code 2 where anything is wrong.
 
         distill cache verify caches/kmash-1B-stage2
         distill cache verify caches/kmash-1B-stage2 --recipe L14 --recompute 100
