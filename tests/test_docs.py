@@ -243,7 +243,7 @@ def test_the_site_builds_and_holds_what_is_made_from_the_code(tmp_path, monkeypa
     for verb in ("train", "cache-teacher", "evaluate", "cache-inspect", "cache-verify"):
         assert f'id="distill-{verb}"' in page["commands"]
     index = (tmp_path / "site/index.html").read_text()
-    assert 'href="benchmarks/results/codes/"' in index and 'href="cluster/"' in index
+    assert 'href="benchmarks/results/cached_vs_online/"' in index and 'href="cluster/"' in index
     assert "https://fonts" not in index  # the site fetches nothing from elsewhere
     assert (tmp_path / "site/slurm.sbatch").exists()
     assert not (tmp_path / "site/hooks.py").exists()

@@ -305,6 +305,17 @@ def test_another_kind_replaces_the_section():
     assert recipe.objective.num_classes == 3
 
 
+def test_base_may_be_a_shipped_recipe_unless_a_file_of_that_name_lies_beside():
+    text = "base: k400/S14.yaml\nobjective: {num_classes: 7}\n"
+    recipe = load_recipe(write("r.yaml", text))
+    shipped = load_recipe("k400/S14")
+    assert (recipe.objective.num_classes, recipe.optim) == (7, shipped.optim)
+    write("S14.yaml", DISTILL)
+    assert load_recipe(write("r.yaml", "base: S14.yaml\n")).optim == load_recipe("S14.yaml").optim
+    with pytest.raises(InputError, match=r"base: nosuch.yaml: no such file"):
+        load_recipe(write("r.yaml", "base: nosuch.yaml\n"))
+
+
 def test_mistake_in_a_base_is_named_by_the_base():
     write("base.yaml", DISTILL + "  lrr: 1\n")
     assert mistakes("base: base.yaml\noptim: {wd: 1}\nmodel: {size: [1]}\n") == [
