@@ -38,6 +38,7 @@ from distill.kernels.attention_kernels import (
     _rstd_kernel,
 )
 from distill.kernels.jit import operation, uses_triton
+from distill.kernels.rmsnorm import rmsnorm
 
 EPS = 1e-6  # of both norms
 WIDEST_HEAD = 128  # of the kernels
@@ -47,12 +48,16 @@ MAX_INDEX = 2**31 - 1
 
 
 class Config(NamedTuple):
-    """A program keeps `tile` rows and passes over all that they meet, `step` at a time."""
+    """A program keeps `tile` rows and passes over all that they meet, `step` at a time.
+
+    `max_registers` of a thread, where the assembler's own choice spills for some GPU.
+    """
 
     tile: int
     step: int
     warps: int
     stages: int
+    max_registers: int | None = None
 
 
 LONG = 1024  # tokens of the longest sequence from which on large tiles fill up well enough
@@ -63,7 +68,7 @@ CONFIGS = {
     ("fwd", 64, "short"): Config(tile=64, step=64, warps=4, stages=3),
     ("fwd", 64, "long"): Config(tile=128, step=64, warps=8, stages=3),
     ("fwd", 128, "any"): Config(tile=64, step=32, warps=4, stages=2),
-    ("dq", 64, "short"): Config(tile=64, step=32, warps=4, stages=2),
+    ("dq", 64, "short"): Config(tile=64, step=32, warps=4, stages=2, max_registers=168),
     ("dq", 64, "long"): Config(tile=128, step=32, warps=8, stages=2),
     ("dq", 128, "any"): Config(tile=64, step=32, warps=8, stages=2),
     ("dkv", 64, "short"): Config(tile=64, step=32, warps=4, stages=2),
@@ -143,6 +148,22 @@ def _attend(qkv: Tensor, q_gain: Tensor, k_gain: Tensor, *, heads: int) -> Tenso
     return rearrange(F.scaled_dot_product_attention(q, k, v), "b h m d -> b m (h d)")
 
 
+def stock_attention(
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, packing: Packing, *, heads: int
+) -> Tensor:
+    """`attention_reference` of an even packing with its norms by their kernel, where chosen.
+
+    What a frozen model takes, with whichever of torch's attentions is the fastest for it.
+    """
+    if not uses_triton(qkv):
+        return attention_reference(qkv, q_gain, k_gain, packing, heads=heads)
+    q, k, v = qkv.chunk(3, dim=-1)
+    q, k = (rmsnorm(z, gain, dtype=v.dtype)[1] for z, gain in ((q, q_gain), (k, k_gain)))
+    sizes = {"b": packing.num_clips, "h": heads}
+    q, k, v = (rearrange(z, "(b m) (h d) -> b h m d", **sizes) for z in (q, k, v))
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "b h m d -> (b m) (h d)")
+
+
 def _block(heads: int, width: int) -> int:
     """The head's width in registers; matrix instructions want 16 at least."""
     return max(16, 1 << (width // heads - 1).bit_length())
@@ -170,6 +191,7 @@ def _launch(
         "HIDDEN": HIDDEN,
         "num_warps": config.warps,
         "num_stages": config.stages,
+        "maxnreg": config.max_registers,
         "enable_fp_fusion": True,
     }
     return (clips * -(-longest // config.tile), heads), constants

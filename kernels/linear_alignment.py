@@ -52,7 +52,7 @@ from distill.kernels.jit import jit, operation, tl, uses_triton
 WIDEST_GRAM = 512  # of D
 PAD = 8  # columns beside D: a product's rows stay multiples of 16 bytes
 TILE = 2048  # elements of [rows,D] that a program holds of each of its inputs
-NUM_WARPS = 4
+NUM_WARPS = 8
 
 
 def linear_alignment_reference(

@@ -51,7 +51,7 @@ def rmsnorm_reference(
 
 @jit
 def _rmsnorm_fwd_kernel(
-    x,  # [R,width]
+    x,  # [R,width] by its stride
     branch,  # [R,width], or anything without ADDS
     gamma,  # [width], or anything without ADDS
     keep,  # float32 [R/rows_per_clip], or anything without DROPS
@@ -61,6 +61,7 @@ def _rmsnorm_fwd_kernel(
     rstd,  # float32 [R], written where it NORMS
     num_rows,
     width,
+    x_stride,
     rows_per_clip,
     eps,
     ADDS: tl.constexpr,
@@ -75,7 +76,8 @@ def _rmsnorm_fwd_kernel(
     is_column = column < width
     is_inside = is_row[:, None] & is_column[None, :]
     at = row[:, None] * width + column[None, :]
-    value = tl.load(x + at, mask=is_inside, other=0.0).to(tl.float32)
+    x_at = row[:, None] * x_stride + column[None, :]
+    value = tl.load(x + x_at, mask=is_inside, other=0.0).to(tl.float32)
     if ADDS:
         y = tl.load(branch + at, mask=is_inside, other=0.0).to(tl.float32)
         y *= tl.load(gamma + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
@@ -185,7 +187,8 @@ def _made_fwd(
         made.append(torch.empty_like(x, dtype=torch.promote_types(x.dtype, branch.dtype)))
     if weight is not None:
         num_rows = x.numel() // x.shape[-1]
-        made += [torch.empty_like(x, dtype=dtype), x.new_empty(num_rows, dtype=torch.float32)]
+        out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+        made += [out, x.new_empty(num_rows, dtype=torch.float32)]
     return made
 
 
@@ -211,7 +214,13 @@ def _rmsnorm_fwd(
     tensors = [x if z is None else z for z in (x, branch, gamma, keep, weight, h, out, rstd)]
     with torch.cuda.device_of(x):  # Triton launches on the current device
         _rmsnorm_fwd_kernel[(-(-num_rows // constants["ROWS"]),)](
-            *tensors, num_rows, x.shape[-1], rows_per_clip, EPS, **constants
+            *tensors,
+            num_rows,
+            x.shape[-1],
+            x.stride(0) if x.ndim == 2 else x.shape[-1],
+            rows_per_clip,
+            EPS,
+            **constants,
         )
     return made
 
@@ -333,7 +342,10 @@ def rmsnorm(
     if not uses_triton(x) or x.dtype == torch.float64 or width > WIDEST:
         return rmsnorm_reference(x, weight, branch=branch, gamma=gamma, keep=keep, dtype=dtype)
     factors = None if keep is None else keep.float().contiguous()
-    rows = [None if z is None else z.contiguous() for z in (x, branch, gamma)]
+    # Where nothing is kept for a backward, rows may be parts of longer ones.
+    is_part = branch is None and x.ndim == 2 and x.stride(1) == 1 and not torch.is_grad_enabled()
+    rows = [x if is_part else x.contiguous()]
+    rows += [None if z is None else z.contiguous() for z in (branch, gamma)]
     if dtype is None:
         dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
     h, out = _RMSNorm.apply(*rows, factors, weight, dtype)

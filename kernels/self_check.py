@@ -183,6 +183,20 @@ def _norm_cases(draw: Callable[..., Tensor], dtype: torch.dtype) -> Iterator[Cas
     def alone(function: Callable) -> Callable[..., RESULTS]:
         return lambda x, weight: function(x, weight)[1:]
 
+    # As a frozen model's q and k: parts of longer rows, without a gradient.
+    packed, gain = draw(CLIPS * TOKENS, 3 * ODD).to(dtype), 1 + 0.3 * draw(ODD)
+
+    def part(function: Callable, kind: torch.dtype) -> Callable[..., RESULTS]:
+        def call() -> RESULTS:
+            with torch.no_grad():
+                x = packed[:, ODD : 2 * ODD]
+                return function(x, gain, dtype=kind)[1:]
+
+        return call
+
+    plain = part(lambda x, gain, dtype: rmsnorm_reference(x.float(), gain, dtype=dtype), dtype)
+    exact = part(lambda x, gain, dtype: rmsnorm_reference(x.double(), gain.double()), dtype)
+    yield Case("rmsnorm", (), part(rmsnorm, dtype), plain, exact)
     leaves = (draw(CLIPS * TOKENS, ODD), 1 + 0.3 * draw(ODD))
     yield Case("rmsnorm", leaves, alone(rmsnorm), *[alone(rmsnorm_reference)] * 2)
 

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from distill.kernels.attention import attention, attention_reference, pack_evenly
+from distill.kernels.attention import attention, pack_evenly, stock_attention
 from distill.kernels.patch_embed import patch_embed
 from distill.kernels.rmsnorm import EPS, rmsnorm
 from distill.students.heads import AttentionPool
@@ -149,7 +149,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         packing = pack_evenly(*x.shape[:2])
-        attend = attention if self.is_fused else attention_reference
+        attend = attention if self.is_fused else stock_attention
         gains = (self.q_norm.weight, self.k_norm.weight)
         qkv = self.qkv(x).flatten(0, 1)  # [B*M,3D]
         out = attend(qkv, *gains, packing, heads=self.heads)

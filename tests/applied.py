@@ -25,6 +25,11 @@ def gradients(place: str, arguments: tuple, settings: dict, upstream: list[Tenso
     return [x.detach() for x in outputs], list(found)
 
 
+def without_gradients(place: str, arguments: tuple, settings: dict):
+    with torch.no_grad():
+        return find(place)(*arguments, **settings)
+
+
 def wants_gradient(x) -> bool:
     return isinstance(x, Tensor) and x.requires_grad
 

@@ -6,7 +6,14 @@ from torch.testing import assert_close
 
 from distill.kernels import attention as module
 from distill.kernels import attention_kernels as kernels
-from distill.kernels.attention import CONFIGS, Packing, attention, pack, pack_evenly
+from distill.kernels.attention import (
+    CONFIGS,
+    Packing,
+    attention,
+    attention_reference,
+    pack,
+    pack_evenly,
+)
 from distill.kernels.gpu_build import CAPABILITIES, SHARED_LIMIT, build
 
 CPU = torch.device("cpu")
@@ -97,6 +104,11 @@ def call_of(tensors, sequences, heads):
     return "applied.gradients", settings, {}
 
 
+def stock_arguments():
+    tensors = inputs(LENGTHS["even"], 2, 88, dtype="float16")
+    return (*(tensors[name] for name in NAMES[1:]), pack_evenly(2, 67)), {"heads": 2}
+
+
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
     """Outputs and gradients of every case from the kernels in Triton's interpreter."""
@@ -109,11 +121,14 @@ def interpreted(tmp_path_factory):
     calls["long"] = call_of(inputs(LENGTHS["long"], 1, 64), "long", 1)
     for kind in EXTREME:
         calls[kind] = call_of(inputs(LENGTHS["ragged"], 2, 64, kind=kind), "ragged", 2)
+    stock = ("attention.stock_attention", *stock_arguments())
+    calls["stock"] = ("applied.without_gradients", stock, {})
     made = interpret(calls, tmp_path_factory.mktemp("interpreter"))
+    of_stock = made.pop("stock")
     return {
         name: dict(zip(NAMES, (*outputs, *gradients), strict=True))
         for name, (outputs, gradients) in made.items()
-    }
+    } | {"stock": of_stock}
 
 
 @pytest.mark.parametrize("lengths", [[1, 17, 0, 67], [9, 9, 9], [5], [0, 0], []])
@@ -156,6 +171,15 @@ def test_half_precision_loses_no_more_than_pytorch_does(interpreted, case):
         error = relative_error(found, expected[name])
         allowed = 1.5 * relative_error(of_pytorch[name], expected[name])
         assert error <= allowed, f"{name}: {error:.1e}, allowed {allowed:.1e}"
+
+
+def test_norms_before_torchs_attention_are_the_formula(interpreted):
+    arguments, settings = stock_arguments()
+    *leaves, _ = arguments
+    exact = attention_formula(*leaves, lengths=LENGTHS["even"], heads=2)
+    allowed = 1.5 * relative_error(attention_reference(*arguments, **settings), exact)
+    assert interpreted["stock"].dtype == torch.float16
+    assert 0 < relative_error(interpreted["stock"], exact) <= allowed
 
 
 @pytest.mark.parametrize("kind", EXTREME)
@@ -245,6 +269,7 @@ def test_the_kernels_compile_for_gpus(capability, row, is_even, monkeypatch, tmp
         constants,
         warps=config.warps,
         stages=config.stages,
+        max_registers=config.max_registers,
         is_fused=True,
     )
     assert (made.stack_bytes, made.local_bytes) == (0, 0), "registers are spilled"

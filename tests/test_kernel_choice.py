@@ -123,6 +123,11 @@ def rmsnorm_case(gpu):
     return rmsnorm.rmsnorm(gpu(draw(2, 5, 32)), gpu(draw(32)))[1]
 
 
+def stock_attention_case(gpu):
+    packing, gains = attention.pack_evenly(2, 5), (draw(32), draw(32))
+    return attention.stock_attention(gpu(draw(10, 96, dtype=HALF)), *gains, packing, heads=2)
+
+
 CASES = {
     "codes": (codes, "_decode_codes_fwd", codes_case),
     "alignment": (alignment, "_Alignment", alignment_case),
@@ -133,6 +138,7 @@ CASES = {
     "patch embedding": (patch_embed, "_PatchEmbed", patch_embed_case),
     "attention": (attention, "_Attention", attention_case),
     "norm": (rmsnorm, "_RMSNorm", rmsnorm_case),
+    "norms before torch's attention": (rmsnorm, "_RMSNorm", stock_attention_case),
 }
 
 

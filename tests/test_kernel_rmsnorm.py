@@ -1,6 +1,6 @@
 import pytest
 import torch
-from formulas import relative_error
+from formulas import relative_error, rmsnorm_formula
 from interpret import interpret
 from residual import FORMS, INPUTS, LEAVES, exact, inputs, with_gradients
 from torch.testing import assert_close
@@ -39,14 +39,29 @@ def call_of(shape, form, types, **changes):
     return "applied.gradients", ("rmsnorm.rmsnorm", arguments, settings, upstream), {}
 
 
+PARTS = ("parts of rows", "rows")
+
+
+def parts_and_rows():
+    """Arguments of the norm: the middle thirds of longer rows, and the same by themselves."""
+    packed = torch.randn(9, 3 * 65, generator=torch.Generator().manual_seed(0)).half()
+    part, weight = packed[:, 65:130], torch.linspace(-1, 2, 65)
+    return (part, weight), (part.clone(), weight)
+
+
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
     """What the operation makes of every case in Triton's interpreter, gradients as `d_NAME`."""
     calls = {case: call_of(*case) for case in CASES}
     narrow = ((3, 67, 64), "all", "autocast")
     calls["narrow"] = call_of(*narrow, dtype=torch.float16)
+    parts = {
+        name: ("rmsnorm.rmsnorm", rows, {})
+        for name, rows in zip(PARTS, parts_and_rows(), strict=True)
+    }
+    calls |= {name: ("applied.without_gradients", call, {}) for name, call in parts.items()}
     made = interpret(calls, tmp_path_factory.mktemp("interpreter"))
-    found = {}
+    found = {name: made.pop(name) for name in PARTS}
     for case, (outputs, gradients) in made.items():
         form = FORMS[narrow[1] if case == "narrow" else case[1]]
         names = [name for name, of in (("h", "branch"), ("out", "weight")) if of in form]
@@ -86,6 +101,14 @@ def test_half_precision_loses_no_more_than_pytorch_does(interpreted, form, types
         error = relative_error(found, expected[name])
         allowed = 1.5 * relative_error(of_pytorch[name], expected[name])
         assert error <= allowed, f"{name}: {error:.1e}, allowed {allowed:.1e}"
+
+
+def test_rows_may_be_parts_of_longer_ones(interpreted):
+    (_, part), (_, rows) = (interpreted[name] for name in PARTS)
+    assert_close(part, rows, rtol=0, atol=0)
+    x, weight = parts_and_rows()[0]
+    _, expected = rmsnorm_formula(x, weight, None, None, None)
+    assert_close(part.double(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_rows_may_be_normalised_into_a_narrower_type(interpreted):
@@ -141,7 +164,7 @@ def test_the_kernels_compile_for_gpus(capability, size, residual, monkeypatch, t
     warps = constants.pop("num_warps")
     for kernel in (module._rmsnorm_fwd_kernel, module._rmsnorm_bwd_kernel):
         types = {name: f"*{POINTERS.get(name, residual)}" for name in kernel.arg_names}
-        types |= dict.fromkeys(("num_rows", "width", "rows_per_clip", "span"), "i32")
+        types |= dict.fromkeys(("num_rows", "width", "x_stride", "rows_per_clip", "span"), "i32")
         types |= {"eps": "fp32"}
         types = {name: types[name] for name in kernel.arg_names if name not in constants}
         made = build(
@@ -151,7 +174,7 @@ def test_the_kernels_compile_for_gpus(capability, size, residual, monkeypatch, t
             constants=constants,
             warps=warps,
             is_fused=True,
-            multiples_of_16=("width",),
+            multiples_of_16=("width", "x_stride") if "x_stride" in types else ("width",),
         )
         assert (made.stack_bytes, made.local_bytes) == (0, 0), "registers are spilled"
         assert made.registers <= 128, "of 65,536: at least 16 warps run at once"
