@@ -85,6 +85,7 @@ def score_views(
     precision: str,
     device: torch.device,
     part: Part = WHOLE,
+    title: str = "evaluate",
     on_batch: Callable[[], None] = lambda: None,
 ) -> Share:
     """Run `model` on a part of the `num_clips` x `num_crops` views of every clip.
@@ -109,7 +110,7 @@ def score_views(
     rows: list[list[int]] = []
     logits = [torch.empty(0, num_classes)]
     decoders: Counter[str] = Counter()
-    title = "evaluate" + (f", {part}" if part.count > 1 else "")
+    title += f", {part}" if part.count > 1 else ""
     was_training = model.training
     model.eval()
     try:
@@ -179,10 +180,9 @@ def evaluate(
         part=part,
         on_batch=on_batch,
     )
-    shares = [share] if part == WHOLE else _shares_of_all(share)
+    share = share_of_all(share, clips)
     result = {}
-    if part.index == 0:
-        share = _merge(shares, clips)
+    if share is not None:
         manifest = make_manifest(
             recipe,
             share.scores,
@@ -227,8 +227,15 @@ def _csv(rows: Sequence[Sequence]) -> str:
     return text.getvalue()
 
 
-def _merge(shares: Sequence[Share], clips: Sequence[Clip]) -> Share:
-    """All views in the list's order; StateError where there are none."""
+def share_of_all(share: Share, clips: Sequence[Clip]) -> Share | None:
+    """At the first process what all have seen, in the list's order; None at the others.
+
+    Raises StateError where nobody has seen anything.
+    """
+    part = dist.joined_part()
+    shares = [share] if part == WHOLE else _gather_shares(share)
+    if part.index:
+        return None
     scores = in_order(join([share.scores for share in shares]), clips)
     reasons: dict[int, str] = {}
     for share in shares:
@@ -240,7 +247,7 @@ def _merge(shares: Sequence[Share], clips: Sequence[Clip]) -> Share:
     return Share(scores, sum((share.decoders for share in shares), Counter()), reasons)
 
 
-def _shares_of_all(share: Share) -> list[Share]:
+def _gather_shares(share: Share) -> list[Share]:
     """The shares of all processes at the first of them; nothing elsewhere."""
     notes = {
         "decoders": json.dumps(share.decoders),

@@ -30,7 +30,7 @@ class Position:
     """Where a run stands: steps done in all and in this epoch, the last and the best values.
 
     Of clips that a hybrid run has `read`, `cached` came from the cache. `sweep` says how each
-    setting of a sweep does.
+    setting of a sweep does, and `monitor` what a distillation's told last.
     """
 
     epoch: int = 0
@@ -42,6 +42,7 @@ class Position:
     last: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
     sweep: list[dict[str, float]] = field(default_factory=list)
+    monitor: dict[str, float] = field(default_factory=dict)
 
 
 def finish(
@@ -81,6 +82,7 @@ def finish(
         "train_seconds": at.seconds,
         "last": at.last,
         "best_on_val": at.best,
+        "monitor": at.monitor or None,
         "quarantined": len(job.quarantine.entries) if job.quarantine else 0,
         "hit_rate": at.cached / at.read if at.read else None,
         "evaluation": None,

@@ -97,8 +97,8 @@ def build_job(
         max_share=recipe.data.max_quarantined,
     )
     names = {clip.id: clip.name for clip in clips}
-    cache = objective.cache if is_live else None  # live views and masks are those it would hold
-    views_seed = cache.seed if cache else seed
+    # Live views and masks are those that a cache would hold.
+    cache = objective.cache if is_live else None
     batches = ClipBatches(
         clips,
         recipe.data.model_copy(update={"views": schema.read_views(recipe)}),
@@ -106,26 +106,14 @@ def build_job(
         seed=seed,
         views_per_clip=cache.views if cache else None,
         quarantine=quarantine,
-        views_seed=views_seed,
+        views_seed=schema.views_seed(recipe) if is_live else seed,
         mixing=None if is_live else objective.mixing,
         part=part,
     )
     if is_live:
         model = with_weights(build_student(recipe), recipe)
         loss = DistillObjective(model, objective, seed=seed)
-        teachers = tuned_teachers(
-            recipe, batch_size=recipe.optim.micro_batch or batch_size, device=device
-        )
-        prepare = LiveTargets(
-            teachers[schema.MAIN],
-            objective.mask,
-            views_seed,
-            precision=objective.teacher.precision,
-            tokens=cache.tokens if cache else "visible",
-            pixels=seen_pixels(recipe),
-            redraw=make_redraw(recipe),
-            others=other_teachers(recipe, teachers),
-        )
+        prepare = live_targets(recipe, device=device)
     else:
         model = with_weights(build_classifier(recipe), recipe)
         loss = ClassifyObjective(model, objective, seed=seed)
@@ -152,6 +140,24 @@ def _build_features_job(recipe: schema.Recipe, *, device: torch.device) -> Job:
     batches = CachedBatches(cache, batch_size=recipe.optim.batch_size, seed=seed, part=part)
     prepare = FeatureInputs(clips, device=device)
     return Job(model, loss, batches, prepare, cache.clip_names, quarantine, scorers)
+
+
+def live_targets(recipe: schema.Recipe, *, device: torch.device) -> LiveTargets:
+    """What a distillation's teachers say of views, with the masks that the recipe draws."""
+    section, optim = recipe.objective, recipe.optim
+    teachers = tuned_teachers(
+        recipe, batch_size=optim.micro_batch or optim.batch_size, device=device
+    )
+    return LiveTargets(
+        teachers[schema.MAIN],
+        section.mask,
+        schema.views_seed(recipe),
+        precision=section.teacher.precision,
+        tokens=section.cache.tokens if section.cache else "visible",
+        pixels=seen_pixels(recipe),
+        redraw=make_redraw(recipe),
+        others=other_teachers(recipe, teachers),
+    )
 
 
 def seen_pixels(recipe: schema.Recipe) -> schema.KeptPixels:

@@ -248,6 +248,22 @@ class Cache(Section):
     teacher_hash: str | None = Field(None, description="trains without the teacher's file")
 
 
+class Monitor(Section):
+    """What a distillation tells of its student between epochs, which learns the same without it.
+
+    Only of clips that are there: the lists `data.val` and, with labels in both, `data.train`.
+    """
+
+    every_epochs: PositiveInt = Field(5, description="and after the last one")
+    clips: PositiveInt = Field(
+        1000, description="of each list, for nearest neighbours and a linear probe of the classes"
+    )
+    neighbors: PositiveInt = Field(20, description="that vote for a clip's class")
+    exact_clips: NonNegativeInt = Field(
+        16, description="of `data.val`, for the loss against the teacher itself; 0 for none"
+    )
+
+
 class Distill(Section):
     """Align a student with a frozen teacher's middle layers and pooled vector.
 
@@ -264,6 +280,7 @@ class Distill(Section):
         "cached", description="hybrid reads what the cache has and makes the rest on the spot"
     )
     cache: Cache | None = None
+    monitor: Monitor | None = None
 
     @field_validator("others")
     @classmethod
@@ -412,6 +429,12 @@ def read_views(recipe: Recipe) -> Views:
         return views
     frames = [teacher.frames or 0 for teacher in recipe.objective.teachers.values()]
     return views.model_copy(update={"frames": max(views.frames, *frames)})
+
+
+def views_seed(recipe: Recipe) -> int:
+    """What a distillation's views and masks are drawn with."""
+    cache = recipe.objective.cache
+    return cache.seed if cache else recipe.run.seed
 
 
 class Study(Section):

@@ -95,13 +95,13 @@ def check_students(
 
 
 def _shared_settings(recipe: Recipe) -> dict[str, Any]:
-    """What all students of a recipe have to agree on: their order, records and targets."""
+    """What all students of a recipe agree on: their order, records, targets and what is told."""
     return recipe.model_dump(
         mode="json",
         include={
             "run": {"seed", "kernels"},
-            "data": {"train", "views"},
-            "objective": {"mask", "teacher", "others", "cache"},
+            "data": {"train", "val", "views"},
+            "objective": {"mask", "teacher", "others", "cache", "monitor"},
         },
         exclude={"objective": {"others": {"__all__": {"weight", "decoder"}}}},
     )
@@ -348,6 +348,9 @@ def missing_inputs(
     if verb == "evaluate" or (verb == "train" and not is_distill):
         splits.append(recipe.evaluate.split)
     lines = []
+    is_told = verb == "train" and is_distill and recipe.objective.monitor is not None
+    if is_told and recipe.data.val is not None and recipe.data.val.list:
+        splits.append("val")  # which without a list only tells less
     folder = recipe.data.folder
     has_folder = folder is None or Path(folder).expanduser().is_dir()
     if not has_folder and (splits or is_distill):
@@ -356,8 +359,9 @@ def missing_inputs(
         clips = getattr(recipe.data, split)
         if not has_folder and clips is not None and clips.part is not None:
             continue
-        if clips is not None and recipe.data.demo is None and not (is_cached and not clips.list):
-            lines += _missing_list(clips, f"{prefix}data.{split}", reads_videos=not is_cached)
+        reads_videos = not is_cached or split == "val"
+        if clips is not None and recipe.data.demo is None and (reads_videos or clips.list):
+            lines += _missing_list(clips, f"{prefix}data.{split}", reads_videos=reads_videos)
     for keys, weights in _weights(recipe):
         if keys[0] == "objective":
             is_needed = verb == "cache-teacher" or (verb == "train" and not is_cached)

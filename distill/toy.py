@@ -89,6 +89,10 @@ def _shrink_distillation(objective: dict[str, Any]) -> None:
         elif teacher["model"]:
             teacher |= {"model": TIMM_TEACHER, "layers": min(teacher["layers"], 2)}
             teacher |= {"image_size": 64, "weights": None, "random": True}
+    monitor = objective.get("monitor")
+    if monitor:
+        for name, most in (("every_epochs", 1), ("clips", 8), ("exact_clips", 2)):
+            monitor[name] = min(monitor[name], most)
     cache = objective["cache"]
     if cache:
         _in_folder(cache)

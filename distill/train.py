@@ -52,6 +52,7 @@ from distill.job import (
 )
 from distill.kernel_choice import using_kernels
 from distill.meter import Meter, note
+from distill.monitor import Monitor, describe, open_monitor
 from distill.probe import make_schedules, update_records
 from distill.probe_scores import evaluate_settings
 from distill.run_folder import SUMMARY, claim_folder
@@ -115,8 +116,16 @@ def train_unfinished(left: Sequence[tuple[schema.Recipe, Path]]) -> None:
         with StopRequest() as stop, Writer() as writer:
             positions, averages = [Position()], [None]  # of weights that are only evaluated
             if stream is not None:
+                monitor = open_monitor(left[0][0], jobs[0].prepare, device=device)
+                settings = {
+                    "stream": stream,
+                    "monitor": monitor,
+                    "device": device,
+                    "stop": stop,
+                    "writer": writer,
+                }
                 runs = [
-                    Run(recipe, job, folder, stream=stream, device=device, stop=stop, writer=writer)
+                    Run(recipe, job, folder, **settings)
                     for (recipe, folder), job in zip(left, jobs, strict=True)
                 ]
                 train_runs(runs, stream, size=size)
@@ -182,12 +191,14 @@ class Run:
         folder: Path,
         *,
         stream: ClipBatches | CachedBatches,
+        monitor: Monitor | None,
         device: torch.device,
         stop: StopRequest,
         writer: Writer,
     ) -> None:
         self.recipe, self.job, self.folder = recipe, job, folder
         self.stream, self.device, self.stop, self.writer = stream, device, stop, writer
+        self.monitor = monitor
         self.checkpoints = folder / "checkpoints"
         self.sweep, steps = job.sweep, job.batches.steps_per_epoch
         settings = self.sweep.settings if self.sweep else ()
@@ -316,11 +327,23 @@ class Run:
                 at.best = {"top1": result["top1"], "epoch": at.epoch, "step": at.step}
                 if self.sweep:
                     at.best["setting"] = result["setting"]
+        if self.monitor is not None and self.monitor.is_due(at.epoch, self.recipe.optim.epochs):
+            self.tell_quality()
         at.epoch, at.step_in_epoch = at.epoch + 1, 0
         if is_best or at.epoch == self.recipe.optim.epochs:
             self.save()
         # Evaluating and saving do not count as time of the next steps.
         self.meter.read(self.stream.wait_seconds)
+
+    def tell_quality(self) -> None:
+        """Log what the monitor finds of a distillation's student."""
+        found = self.monitor.check(self.job.objective, on_batch=self.on_batch)
+        if self.is_first and found:
+            at = self.at
+            at.monitor = {"epoch": at.epoch, "step": at.step, **found}
+            values = {f"monitor/{name}": value for name, value in found.items()}
+            self.log.write(at.step, {"epoch": at.epoch, **values})
+            logger.info("epoch %d: %s", at.epoch, describe(found))
 
     def check_settings(self) -> dict:
         """One view of each clip of `val` for all settings of a sweep; the result of the best."""

@@ -278,6 +278,7 @@ class VideoViT(nn.Module):
         self.size, self.tubelet, self.positions = size, tubelet, positions
         self.frames, self.image_size = frames, image_size
         self.checkpoint_blocks = checkpoint_blocks
+        self.pooled_width = size.pooled_width
         self.grid = (frames // tubelet, image_size // PATCH, image_size // PATCH)
         self.table_grid = self.grid  # what the position tables are of
         self.drop_path_rates = tuple(

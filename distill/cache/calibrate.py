@@ -82,11 +82,11 @@ def write_codec(
     return read_codec(folder, identity)
 
 
-def sample_clips(clips: Sequence[Clip], *, seed: int) -> list[Clip]:
+def sample_clips(clips: Sequence[Clip], *, seed: int, count: int = CALIBRATION_CLIPS) -> list[Clip]:
     """The clips to measure on: drawn by their ids, whatever their places in the list."""
     ids = torch.tensor([clip.id for clip in clips], dtype=torch.int64)
     order = draw.uniform(ids, "calibration", seed, count=1)[:, 0].argsort(stable=True)
-    return [clips[place] for place in order[:CALIBRATION_CLIPS]]
+    return [clips[place] for place in order[:count]]
 
 
 def measure_means(

@@ -14,7 +14,7 @@ from distill.data.load import ClipLoader, Quarantine, Task, View, collate, load_
 from distill.engine import AUTOCAST, pick_device, to_device
 from distill.errors import StateError
 from distill.models import build_teacher
-from distill.recipe import MAIN, Recipe, of_teacher, read_views
+from distill.recipe import MAIN, Recipe, of_teacher, read_views, views_seed
 from distill.targets import OtherTeacher, view_records
 from distill.teachers import Teacher
 
@@ -24,8 +24,15 @@ def cached_teachers(recipe: Recipe) -> dict[str, Teacher]:
 
     Raises StateError when the main one's weights are not those that the cache is to hold.
     """
+    check_teacher_hash(recipe)
+    batch_size = recipe.objective.cache.batch_size
+    return tuned_teachers(recipe, batch_size=batch_size, device=pick_device())
+
+
+def check_teacher_hash(recipe: Recipe) -> None:
+    """Raise StateError when the main teacher's weights are not those that a cache is to hold."""
     section = recipe.objective
-    if section.cache.teacher_hash is not None:
+    if section.cache is not None and section.cache.teacher_hash is not None:
         expected = section.cache.teacher_hash.lower()
         own = section.cache.model_copy(update={"teacher_hash": None})
         objective = section.model_copy(update={"cache": own})
@@ -35,7 +42,6 @@ def cached_teachers(recipe: Recipe) -> dict[str, Teacher]:
                 f"objective.cache.teacher_hash is {expected}, but the teacher's is {found}; drop "
                 "the hash from the recipe, or give the teacher it belongs to"
             )
-    return tuned_teachers(recipe, batch_size=section.cache.batch_size, device=pick_device())
 
 
 def tuned_teachers(recipe: Recipe, *, batch_size: int, device: torch.device) -> dict[str, Teacher]:
@@ -55,10 +61,10 @@ def other_teachers(recipe: Recipe, teachers: Mapping[str, Teacher]) -> dict[str,
 
 
 def view_loader(recipe: Recipe, quarantine: Quarantine) -> ClipLoader:
-    """Decodes the views that the recipe's cache holds."""
+    """Decodes the views that the recipe's cache holds, or would."""
     data = recipe.data
     return ClipLoader(
-        functools.partial(load_task, views=read_views(recipe), seed=recipe.objective.cache.seed),
+        functools.partial(load_task, views=read_views(recipe), seed=views_seed(recipe)),
         workers=data.workers,
         timeout_seconds=data.decode_timeout_seconds,
         quarantine=quarantine,
