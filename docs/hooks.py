@@ -120,6 +120,8 @@ def _value(node: dict) -> str:
     value = node["default"]
     if isinstance(value, dict):
         return "as below" if value else "none"
+    if value in ("", []):
+        return "none"
     words = {None: "null", True: "true", False: "false"}
     return f"`{words[value] if value is None or isinstance(value, bool) else value}`"
 
