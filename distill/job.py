@@ -31,6 +31,8 @@ from distill.probe_scores import score_features
 from distill.students.vit import VideoViT
 from distill.targets import CachedTargets, LiveTargets
 
+WATCHED_CLIPS = 8  # of a distillation, see distill/watch.py
+
 logger = logging.getLogger(__name__)
 
 
@@ -39,7 +41,8 @@ class Job:
     """What the loop trains on. `prepare` turns a batch as read into one the objective takes.
 
     Without epochs to train for, `batches` is None. `scorers` are, by list, clips and crops, what
-    scores the views of an evaluation where that is not `score_views`.
+    scores the views of an evaluation where that is not `score_views`. `watched` reads the same
+    views as `batches`, few at a time, and the same ones in any number of processes.
     """
 
     model: VideoViT
@@ -49,6 +52,7 @@ class Job:
     clip_names: Callable[[Sequence[int]], list[str]]
     quarantine: Quarantine | None
     scorers: Mapping[tuple[str, int, int], Callable[..., Share]] = field(default_factory=dict)
+    watched: ClipBatches | CachedBatches | HybridBatches | None = None
 
     @property
     def sweep(self) -> ProbeSweep | None:
@@ -70,16 +74,19 @@ def build_job(
             batches = open_hybrid(recipe, folder)
             cache, names = batches.cached.cache, batches.clip_names
             quarantine = batches.live and batches.live.quarantine
+            few = CachedBatches(cache, batch_size=WATCHED_CLIPS, seed=seed)
+            watched = HybridBatches(few, batches.clips, batches.live)
         else:
             cache = cache or open_cache(recipe)
             batches = CachedBatches(cache, batch_size=batch_size, seed=seed, part=joined_part())
+            watched = CachedBatches(cache, batch_size=WATCHED_CLIPS, seed=seed)
             names = cache.clip_names
         student = with_weights(build_student(recipe), recipe)
         loss = DistillObjective(student, objective, seed=seed)
         prepare = CachedTargets(
             cache.codec, make_redraw(recipe), layers=cache.layers, pixels=seen_pixels(recipe)
         )
-        return Job(student, loss, batches, prepare, names, quarantine)
+        return Job(student, loss, batches, prepare, names, quarantine, watched=watched)
 
     is_live = isinstance(objective, schema.Distill)
     if not is_live and not recipe.optim.epochs:  # weights to evaluate: no list to train on
@@ -99,16 +106,15 @@ def build_job(
     names = {clip.id: clip.name for clip in clips}
     # Live views and masks are those that a cache would hold.
     cache = objective.cache if is_live else None
-    batches = ClipBatches(
+    read = partial(
+        ClipBatches,
         clips,
         recipe.data.model_copy(update={"views": schema.read_views(recipe)}),
-        batch_size=batch_size,
         seed=seed,
         views_per_clip=cache.views if cache else None,
         quarantine=quarantine,
         views_seed=schema.views_seed(recipe) if is_live else seed,
         mixing=None if is_live else objective.mixing,
-        part=part,
     )
     if is_live:
         model = with_weights(build_student(recipe), recipe)
@@ -119,7 +125,13 @@ def build_job(
         loss = ClassifyObjective(model, objective, seed=seed)
         prepare = partial(augmented_inputs, num_classes=objective.num_classes)
     return Job(
-        model, loss, batches, prepare, lambda ids: [names[clip_id] for clip_id in ids], quarantine
+        model,
+        loss,
+        read(batch_size=batch_size, part=part),
+        prepare,
+        lambda ids: [names[clip_id] for clip_id in ids],
+        quarantine,
+        watched=read(batch_size=WATCHED_CLIPS) if is_live else None,
     )
 
 

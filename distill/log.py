@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import rich
 from rich.logging import RichHandler
 from rich.progress import (
@@ -227,6 +228,22 @@ class RunLog:
         self._lines.flush()
         for name, value in values.items():
             self._board.add_scalar(name if "/" in name else f"train/{name}", value, step)
+
+    def histogram(self, name: str, values: np.ndarray, step: int) -> None:
+        """Show in TensorBoard how values spread."""
+        self._board.add_histogram(name, values, step)
+
+    def picture(self, name: str, pixels: np.ndarray, step: int) -> None:
+        """Show a picture uint8 [H,W,3] in TensorBoard."""
+        self._board.add_image(name, pixels, step, dataformats="HWC")
+
+    def settings(self, values: Mapping[str, float | str | bool]) -> None:
+        """Settings for TensorBoard's table of runs, beside the loss."""
+        from torch.utils.tensorboard.summary import hparams
+
+        # Not `add_hparams`, which makes a second run of it.
+        for part in hparams(dict(values), {"train/loss": 0.0})[:2]:
+            self._board.file_writer.add_summary(part)
 
     def close(self) -> None:
         """Write out what TensorBoard still buffers."""

@@ -67,10 +67,10 @@ def make_manifest(
             "precision": recipe.optim.precision,
             "kernels": jit.chosen() or "torch" if device.type == "cuda" else "torch",
             "batch_size": recipe.evaluate.batch_size,
-            "device": _device_name(device),
+            "device": device_name(device),
             "ranks": ranks,
             "decoders": dict(sorted(decoders.items())),
-            "packages": {name: _version(name) for name in PACKAGES},
+            "packages": {name: package_version(name) for name in PACKAGES},
             "python": platform.python_version(),
         },
     }
@@ -83,13 +83,15 @@ def hash_views(scores: Scores) -> str:
     return hash_columns(*torch.tensor(rows, dtype=torch.int64).reshape(-1, 4).T)
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What a device is called, a CPU with the instructions that torch uses of it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The version of a package, None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -100,7 +100,7 @@ class DistillObjective(nn.Module):
         else:
             seen = {"clip": batch["pixels"]}
         states, pooled, others = student.decoder_inputs(tokens=batch["tokens"], **seen)
-        states, targets = _same_rows(states, batch["middle"])
+        states, targets = same_rows(states, batch["middle"])
         layers = align_layers(
             student.clip_decoder,
             states,
@@ -132,7 +132,7 @@ class DistillObjective(nn.Module):
         return alignment([raw], weight, bias, target, upstream=self.pooled_weight)[0]
 
 
-def _same_rows(
+def same_rows(
     states: list[Tensor], targets: Tensor | CodedTargets
 ) -> tuple[list[Tensor], Tensor | CodedTargets]:
     """Both without the class token's row where one of them has none."""

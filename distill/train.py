@@ -55,7 +55,9 @@ from distill.meter import Meter, note
 from distill.monitor import Monitor, describe, open_monitor
 from distill.probe import make_schedules, update_records
 from distill.probe_scores import evaluate_settings
+from distill.provenance import changed_settings, note_provenance
 from distill.run_folder import SUMMARY, claim_folder
+from distill.watch import Watch, layer_cosines, show_inputs
 from distill.watchdog import Watchdog
 from distill.writer import Writer
 
@@ -109,6 +111,7 @@ def train_unfinished(left: Sequence[tuple[schema.Recipe, Path]]) -> None:
             check_evaluation(recipe)
             seed_generators(seed)  # so that each starts with the weights of a run of its own
             jobs.append(build_job(recipe, folder, device=device, cache=cache))
+            note_provenance(recipe, folder, device=device)
         size = math.lcm(*(recipe.optim.batch_size for recipe, _ in left))
         stream = jobs[0].batches
         if cache is not None:
@@ -219,6 +222,7 @@ class Run:
         )
         self.saved_at = time.monotonic()
         self.watchdog = Watchdog(folder, minutes=recipe.run.hang_minutes)
+        self.watch = Watch(job, recipe, folder, device=device) if job.watched else None
 
     def resume(self) -> Position:
         """Take everything back from the latest checkpoint, where there is one."""
@@ -263,6 +267,7 @@ class Run:
                 done=self.at.step,
             ) as self.bar,
         ):
+            self.log.settings(changed_settings(self.recipe))
             yield
 
     def take(self, batch: dict, *, start: int) -> None:
@@ -281,6 +286,8 @@ class Run:
         at, run = self.at, self.recipe.run
         self.watchdog.begin(at.step + 1, batch["clip_id"], self.job.clip_names)
         lrs = [schedule.lr_at(at.step) for schedule in self.schedules]
+        if self.is_first and not at.step and not self.watch:
+            show_inputs(self.log, batch)
         own = 0 if batch.get("is_spare") else len(batch["clip_id"])
         batch["num_clips"] = sum(clips for (clips,) in exchange(own))
         losses = self.engine.step(batch, step=at.step + 1, lr=lrs if self.sweep else lrs[0])
@@ -306,7 +313,8 @@ class Run:
         at.last = {name: value.item() for name, value in losses.items()}
         rates = self.meter.read(self.stream.wait_seconds, steps_left=self.num_steps - at.step)
         if self.is_first:
-            self.log.write(at.step, {"epoch": at.epoch, "lr": lr, **at.last, **rates})
+            cosines = layer_cosines(at.last) if self.watch else {}
+            self.log.write(at.step, {"epoch": at.epoch, "lr": lr, **at.last, **cosines, **rates})
             self.bar.note(note(at.last["loss"], rates))
 
     def end_epoch(self) -> None:
@@ -327,6 +335,9 @@ class Run:
                 at.best = {"top1": result["top1"], "epoch": at.epoch, "step": at.step}
                 if self.sweep:
                     at.best["setting"] = result["setting"]
+        if self.watch and self.is_first:
+            self.watch.write(self.log, step=at.step, epoch=at.epoch)
+            self.watchdog.beat()
         if self.monitor is not None and self.monitor.is_due(at.epoch, self.recipe.optim.epochs):
             self.tell_quality()
         at.epoch, at.step_in_epoch = at.epoch + 1, 0

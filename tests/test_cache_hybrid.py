@@ -97,7 +97,7 @@ def test_a_run_does_not_depend_on_how_much_is_cached(videos, whole, partial, tmp
     assert expected["hit_rate"] is None
     assert found["hit_rate"] == CACHED / CLIPS
     lines = metrics(tmp_path / "hybrid")
-    rates = [line.pop("hit_rate") for line in lines]
+    rates = [line.pop("hit_rate") for line in lines if "loss" in line]
     assert [timeless(line) for line in lines] == [
         timeless(line) for line in metrics(tmp_path / "cached")
     ]

@@ -28,12 +28,13 @@ from distill.cache.inspect import (
 )
 from distill.cache.record import record_arrays
 from distill.cache.shards import Field, ShardWriter
-from distill.cache.sheet import MISSING, MISSING_DOT, contact_sheet, draw_frames, write_sheet
+from distill.cache.sheet import contact_sheet, draw_frames, write_sheet
 from distill.cache.store import open_folder
 from distill.cli import app
 from distill.data.index import read_list
 from distill.errors import InputError, StateError
 from distill.mask import Redraw, draw_kept
+from distill.pictures import MISSING, MISSING_DOT
 from distill.recipe import Mask
 
 GRID = (2, 2, 2)

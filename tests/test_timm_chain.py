@@ -64,7 +64,7 @@ def test_a_model_of_timms_is_distilled_and_finetuned(videos, tmp_path):
         folder = tmp_path / targets
         train(make_recipe(videos, distil(tmp_path / "cache", targets=targets)), folder)
         lines = (folder / "metrics.jsonl").read_text().splitlines()
-        losses[targets] = [json.loads(line) for line in lines]
+        losses[targets] = [line for line in map(json.loads, lines) if "loss" in line]
     assert len(losses["cached"]) == len(losses["live"]) == 4
     for mine, theirs in zip(losses["cached"], losses["live"], strict=True):
         for name in ("loss", "middle", "pooled", "layer_00", "layer_01"):

@@ -6,16 +6,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 from distill.cache.inspect import OpenedCache, open_any, sample_rows, visible_tokens
 from distill.errors import InputError
+from distill.pictures import PAPER, draw_patches
 from distill.students.vit import PATCH
 
 SHEET_RECORDS = 6
 FRAME_PIXELS = 168  # at least, on the sheet; small frames are enlarged by whole factors
 MARGIN, GAP, TITLE = 16, 4, 26
-PAPER, INK, FAINT = (250, 250, 248), (35, 35, 38), (120, 120, 126)
-MISSING = (214, 214, 210)  # of which the record has no pixels
-MISSING_DOT = (190, 190, 186)
+INK, FAINT = (35, 35, 38), (120, 120, 126)
 LEGEND = "colour: seen;  pale: kept, but not seen;  grey: not kept"
-DIMMED = 0.3  # of the colour that a masked patch keeps
 
 
 def contact_sheet(opened: OpenedCache, *, count: int = SHEET_RECORDS, seed: int = 0) -> Image.Image:
@@ -68,29 +66,7 @@ def draw_frames(opened: OpenedCache, arrays: dict[str, np.ndarray], seen: np.nda
     else:
         kept = arrays["tokens"].astype(np.int64)
         patches = rearrange(arrays["patches"], "n (c p q) -> n p q c", p=PATCH, q=PATCH)
-    drawn = np.empty((int(np.prod(grid)), PATCH, PATCH, 3), np.uint8)
-    drawn[:] = _blank_patch()
-    drawn[kept] = patches
-    is_pale = np.setdiff1d(kept, seen, assume_unique=True)
-    drawn[is_pale] = _dim(drawn[is_pale])
-    t, h, w = grid
-    return rearrange(drawn, "(t h w) p q c -> t (h p) (w q) c", t=t, h=h, w=w)
-
-
-def _blank_patch() -> np.ndarray:
-    """A grey tile with a dot, so that masked patches can be counted."""
-    patch = np.empty((PATCH, PATCH, 3), np.uint8)
-    patch[:] = MISSING
-    middle = PATCH // 2
-    patch[middle - 1 : middle + 1, middle - 1 : middle + 1] = MISSING_DOT
-    return patch
-
-
-def _dim(patches: np.ndarray) -> np.ndarray:
-    """Towards the paper and half way to grey."""
-    colour = patches.astype(np.float32)
-    colour = (colour + colour.mean(axis=-1, keepdims=True)) / 2
-    return np.rint(DIMMED * colour + (1 - DIMMED) * np.array(PAPER, np.float32)).astype(np.uint8)
+    return draw_patches(grid, kept=kept, patches=patches, seen=seen)
 
 
 def _heading(opened: OpenedCache) -> str:
