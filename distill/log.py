@@ -207,15 +207,16 @@ class RunLog:
     """Writes metrics to `folder`/metrics.jsonl and `folder`/tensorboard.
 
     `step` is where the run stands: what an interrupted run wrote about later steps is taken back,
-    because those steps are about to be done again.
+    because those steps are about to be done again. So is the end of `epoch`, the one that the run
+    stands in, whose checks come without a loss.
     """
 
-    def __init__(self, folder: Path, *, step: int) -> None:
+    def __init__(self, folder: Path, *, step: int, epoch: int = 0) -> None:
         # TensorBoard takes a second to import, which only a run has to pay.
         from torch.utils.tensorboard import SummaryWriter
 
         path = folder / "metrics.jsonl"
-        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= step]
+        kept = [line for line in _complete_lines(path) if _is_past(json.loads(line), step, epoch)]
         partial = folder / ".metrics.jsonl.tmp"
         partial.write_text("".join(kept), encoding="utf-8")
         os.replace(partial, path)
@@ -249,6 +250,10 @@ class RunLog:
         """Write out what TensorBoard still buffers."""
         self._lines.close()
         self._board.close()
+
+
+def _is_past(line: Mapping[str, float], step: int, epoch: int) -> bool:
+    return line["step"] <= step and ("loss" in line or line.get("epoch", epoch) < epoch)
 
 
 def _complete_lines(path: Path) -> list[str]:

@@ -259,7 +259,7 @@ class Run:
             yield
             return
         with (
-            closing(log.RunLog(self.folder, step=self.at.step)) as self.log,
+            closing(log.RunLog(self.folder, step=self.at.step, epoch=self.at.epoch)) as self.log,
             log.progress(
                 f"train {self.recipe.name}",
                 total=self.num_steps,

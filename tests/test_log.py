@@ -57,6 +57,18 @@ def test_a_resume_takes_back_the_steps_that_are_done_again(tmp_path):
     assert scalars(tmp_path)["train/loss"] == [(2, 2.0), (4, 4.0), (6, 60.0)]
 
 
+def test_a_resume_takes_back_the_checks_of_an_epoch_that_ends_again(tmp_path):
+    """Saved after the last step of epoch 1, killed when its checks were written."""
+    first = RunLog(tmp_path, step=0)
+    for epoch, step in ((0, 2), (1, 4)):
+        first.write(step, {"epoch": epoch, "loss": 1.0})
+        first.write(step, {"epoch": epoch, "val/top1": 50.0})
+    first.close()
+    RunLog(tmp_path, step=4, epoch=1).close()
+    found = [(line["step"], "loss" in line) for line in lines(tmp_path)]
+    assert found == [(2, True), (2, False), (4, True)]
+
+
 def test_lines_can_be_read_while_the_run_goes_on(tmp_path):
     run_log = RunLog(tmp_path, step=0)
     run_log.write(1, {"loss": 1.0})
