@@ -12,6 +12,7 @@ from rich.table import Table
 
 from distill.cli_cache import OverridesArgument, cache_app
 from distill.cli_doctor import doctor
+from distill.cli_report import report
 from distill.dist import adopt_slurm
 from distill.errors import InputError
 from distill.shell import (
@@ -233,6 +234,9 @@ def evaluate(
             result = evaluate_recipe(one, path, folder=None if folder is None else Path(folder))
         if part.index == 0:
             _show_result(result, title=str(path), as_json=as_json)
+
+
+app.command()(report)
 
 
 def _show_result(result: dict, *, title: str, as_json: bool) -> None:

@@ -1,6 +1,7 @@
 """The commands of `distill cache`. What a command needs is imported inside it, as in cli.py."""
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import rich
@@ -35,6 +36,14 @@ def inspect_cache(
             metavar="FILE.png", help="Write some clips with their masks.", show_default=False
         ),
     ] = None,
+    html: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.html",
+            help="Write a page with plots and views, to be opened offline.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Say what a cache holds: settings, sizes, and statistics of some of its records.
 
@@ -51,6 +60,10 @@ def inspect_cache(
         report = inspect.inspect_cache(folder)
         if sheet:
             write_sheet(folder, sheet)
+        if html:
+            from distill.report.cache_page import write_cache_page
+
+            write_cache_page(report, Path(html))
         if as_json:
             print_plain(json.dumps(inspect.report_json(report), indent=1))
             return
@@ -58,6 +71,8 @@ def inspect_cache(
             rich.print(part)
         if sheet:
             say(f"{sheet}: clips with their masks")
+        if html:
+            say(f"{html}: the same with plots and views; open it in any browser")
 
 
 @cache_app.command("verify")

@@ -32,6 +32,7 @@ from distill.students.vit import PATCH
 SAMPLED_RECORDS = 64
 SAMPLED_ROWS = 64  # of each sampled record and layer
 QUANTILES = (0.05, 0.5, 0.95)
+LONGEST, BINS = 2, 80  # of a histogram of norms
 BAR_WIDTH = 32
 SHADES = " ░▒▓█"
 
@@ -65,6 +66,7 @@ class LayerStatistics:
     the rows' energy, `residual` the 5th, 50th and 95th percentile of the residual's norm,
     `spread` its standard deviation over its mean, `scale` the least, middle and largest scale of
     the codes, `channel` the one that holds most energy on average and `channel_share` how much.
+    `residual_counts` is a histogram of the residual's norms from 0 to `LONGEST`.
     """
 
     mean_norm: float
@@ -74,6 +76,7 @@ class LayerStatistics:
     scale: tuple[float, float, float] | None
     channel: int
     channel_share: float
+    residual_counts: list[int]
     teacher: str = MAIN  # its name
 
 
@@ -247,6 +250,7 @@ def layer_statistics(
                 scale=scale,
                 channel=largest,
                 channel_share=float(channels[largest]) / energy,
+                residual_counts=torch.histc(residual, BINS, 0, LONGEST).long().tolist(),
             )
         )
     return statistics

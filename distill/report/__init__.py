@@ -1,0 +1,1 @@
+"""Pages about runs and caches: one HTML file each, with everything in it."""
