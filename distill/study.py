@@ -10,7 +10,7 @@ from rich.table import Table
 from distill.checkpoint import latest_checkpoint, write_json
 from distill.dist import joined_part
 from distill.errors import InputError, StateError
-from distill.recipe import Distill, Recipe, Students, Study, Weights
+from distill.recipe import Distill, Model, Recipe, Students, Study, Teacher
 from distill.recipe_check import STAGE
 from distill.run_folder import SUMMARY, hold_folder
 from distill.students.warmstart import file_sha256
@@ -82,34 +82,31 @@ def _note_weights(recipe: Recipe, study: Study) -> None:
 
 def resolve_stages(recipe: Recipe, study: Study) -> Recipe:
     """The recipe with `stage:NAME` turned into the file which that stage writes."""
-    recipe = _with_weights(recipe, "model", study)
-    if not isinstance(recipe.objective, Distill):
-        return recipe
     objective = recipe.objective
-    teacher = _with_weights(objective, "teacher", study).teacher
-    return recipe.model_copy(
-        update={"objective": objective.model_copy(update={"teacher": teacher})}
-    )
+    if isinstance(objective, Distill):
+        others = {name: _with_weights(other, study) for name, other in objective.others.items()}
+        teachers = {"teacher": _with_weights(objective.teacher, study), "others": others}
+        objective = objective.model_copy(update=teachers)
+    model = _with_weights(recipe.model, study)
+    return recipe.model_copy(update={"model": model, "objective": objective})
 
 
 def stages_used(recipe: Recipe) -> set[str]:
     """Names of the stages whose weights a stage starts from or learns from."""
     sections = [recipe.model.weights]
     if isinstance(recipe.objective, Distill):
-        sections.append(recipe.objective.teacher.weights)
+        sections += [teacher.weights for teacher in recipe.objective.teachers.values()]
     checkpoints = [weights.checkpoint for weights in sections if weights is not None]
     return {path.removeprefix(STAGE) for path in checkpoints if path.startswith(STAGE)}
 
 
-def _with_weights(holder: Any, name: str, study: Study) -> Any:
-    section = getattr(holder, name)
-    weights: Weights | None = section.weights
+def _with_weights(section: Model | Teacher, study: Study) -> Model | Teacher:
+    weights = section.weights
     if weights is None or not weights.checkpoint.startswith(STAGE):
-        return holder
+        return section
     stage = study.stages[weights.checkpoint.removeprefix(STAGE)]
     path = str(Path(stage.run.folder) / "model.safetensors")
-    weights = weights.model_copy(update={"checkpoint": path})
-    return holder.model_copy(update={name: section.model_copy(update={"weights": weights})})
+    return section.model_copy(update={"weights": weights.model_copy(update={"checkpoint": path})})
 
 
 def table_rows(

@@ -81,6 +81,22 @@ def test_stages_run_in_order_from_the_weights_of_those_before(study, trained):
     assert finetune.model.weights.checkpoint == "runs/s/student/model.safetensors"
 
 
+def test_any_of_several_teachers_may_be_an_earlier_stage(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    other = "others: {second: {size: *size, weights: {checkpoint: 'stage:teacher'}, layers: 1}}"
+    text = STUDY.replace("size: {width", "size: &size {width", 1)
+    text = text.replace("{checkpoint: 'stage:teacher'}", "{checkpoint: main.pth}")
+    Path("s.yaml").write_text(text.replace("      cache:", f"      {other}\n      cache:"))
+    study = load_recipe("s.yaml")
+    run_study(study)
+    objective = trained[1][0].objective
+    assert objective.others["second"].weights.checkpoint == "runs/s/teacher/model.safetensors"
+    assert objective.teacher.weights.checkpoint == "main.pth"
+    Path("runs/s/teacher/model.safetensors").write_text("others")
+    with pytest.raises(StateError, match="^runs/s/student: began from runs/s/teacher, which has"):
+        run_study(study)
+
+
 def test_summary_has_a_row_for_each_evaluated_stage_with_the_time_of_all_it_builds_on(
     study, trained
 ):
