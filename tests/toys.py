@@ -3,6 +3,8 @@
 Starting weights are random, in the layouts that released ones have.
 """
 
+import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,11 +14,12 @@ from PIL import Image
 from videos import burn, write
 
 from distill.data import load
+from distill.data.decode import Frames, Video, open_video
 from distill.recipe import Recipe, vit_size
 from distill.students import create_classifier, create_student
 from distill.toy import SIZES
 
-CLIPS, FRAMES = 8, 20
+CLIPS, FRAMES, SECONDS = 8, 20, 0.8
 MODULES = ("distill.data.load", "distill.evaluate", "distill.cache.live")  # that load clips
 
 
@@ -31,13 +34,34 @@ class HereLoader:
             yield [(task, self._load(task)) for task in tasks]
 
 
+@functools.cache
+def decoded(path: str, decoder: str) -> Video:
+    """The video with all of its frames read: a toy looks at each of its few dozens of times."""
+    with open_video(path, decoder=decoder) as video:
+        whole = video.read(range(video.num_frames))
+
+    def read(_: Video, wanted: list[int]) -> Frames:
+        return Frames(whole.pixels[wanted], whole.pts_seconds[wanted])
+
+    return Video(video.path, video.num_frames, video.fps, video.backend, read)
+
+
+@contextlib.contextmanager
+def open_decoded(path: str, *, decoder: str = "auto") -> Iterator[Video]:
+    yield decoded(path, decoder)
+
+
 def load_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill.data.load.open_video", open_decoded)
     for module in MODULES:
         monkeypatch.setattr(f"{module}.ClipLoader", HereLoader)
 
 
 def make_data(folder: Path) -> None:
-    """Videos and folders of frames, and lists of the first of them: videos2.csv, folders8.csv."""
+    """Videos and folders of frames, and lists of the first of them: videos2.csv, folders8.csv.
+
+    In intervals2.csv and so on two lines each are of one video, and overlap.
+    """
     for number in range(CLIPS):
         write(folder / f"{number}.mp4", num_frames=FRAMES, width=64, height=48)
         frames = folder / f"{number}"
@@ -45,10 +69,17 @@ def make_data(folder: Path) -> None:
         for frame in range(FRAMES):
             image = Image.fromarray(burn(frame, width=64, height=48))
             image.save(frames / f"{frame + 1:05}.jpg")
-    for kind, line in (("videos", "{0}.mp4,{0}\n"), ("folders", f"{{0}} {FRAMES} {{0}}\n")):
+    intervals = [
+        f"{number // 2}.mp4,{SECONDS},{number % 2 * 0.2},{0.6},{number}\n"
+        for number in range(CLIPS)
+    ]
+    for kind, lines in (
+        ("videos", [f"{number}.mp4,{number}\n" for number in range(CLIPS)]),
+        ("folders", [f"{number} {FRAMES} {number}\n" for number in range(CLIPS)]),
+        ("intervals", intervals),
+    ):
         for count in (2, 4, 8):
-            lines = [line.format(number) for number in range(count)]
-            (folder / f"{kind}{count}.csv").write_text("".join(lines))
+            (folder / f"{kind}{count}.csv").write_text("".join(lines[:count]))
 
 
 def start_weights(recipe: Recipe, folder: Path) -> Path | None:
