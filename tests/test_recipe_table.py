@@ -41,6 +41,7 @@ for _one in CORRECTIONS:
 SHIPPED = shipped_recipes()
 RECIPES = {name: load_recipe(name) for name in ROWS}
 CLASSIFIERS = [name for name, one in RECIPES.items() if isinstance(one.objective, Classify)]
+STUDENTS = [name for name in RECIPES if name not in CLASSIFIERS]
 
 # Width, depth, MLP width of the published sizes.
 SIZES = {
@@ -89,6 +90,20 @@ def head_parameters(row: dict[str, str]) -> int:
     return 1536 + 769 * classes
 
 
+def projector_parameters(row: dict[str, str]) -> int:
+    """All of a student beyond its backbone; its teachers are 1408 wide, or InternVL 3200."""
+    d, patches = size_of(row)[0], 256 * int(row["frames"])
+    table = (patches + 1) * d
+
+    def decoder(width: int, out: int, *, is_mlp: bool) -> int:
+        return is_mlp * (width**2 + width) + (width + 1) * out + 2 * out
+
+    if row["model"].startswith("distill_"):
+        return table + 6 * decoder(d, 1408, is_mlp=True) + decoder(768, 768, is_mlp=True)
+    linear = 6 * decoder(d, 3200, is_mlp=False) + decoder(768, 768, is_mlp=False)
+    return table + linear + patches * d + 4 * decoder(d, 1408, is_mlp=True)
+
+
 def test_there_is_a_recipe_for_every_row_and_a_row_for_every_recipe():
     in_folders = {name for name in SHIPPED if name.partition("/")[0] in FOLDERS and "/" in name}
     ours = {f"k400/{size}-attentive" for size in ("S14", "B14", "L14")}  # it probes 1B and 6B
@@ -117,6 +132,17 @@ def test_formulas_give_the_published_parameter_counts():
         "k400/1B-f16": 1_023_901_328,
         "k400/6B": 5_942_044_304,
         "ssv2/6B-attentive": 5_953_148_078,
+    }
+    students = {
+        name: backbone_parameters(ROWS[name]) + projector_parameters(ROWS[name])
+        for name in STUDENTS
+    }
+    assert students == {
+        "S14": 29_169_792,
+        "B14": 102_252_288,
+        "L14": 327_183_872,
+        "pretrain/1B": 1_070_042_752,
+        "pretrain/6B": 6_075_947_392,
     }
 
 
@@ -151,6 +177,42 @@ def test_model_and_what_of_it_learns(name):
             is_table = parameter_name in ("pos_embed", "cls_token")
             is_plain = parameter.ndim == 1 or is_table
             assert group["weight_decay"] == (0 if is_plain else number(row["weight_decay"]))
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_student_its_groups_and_its_views(name):
+    row, recipe = ROWS[name], RECIPES[name]
+    with torch.device("meta"):
+        model = build_model(recipe)
+    parameters = dict(model.named_parameters())
+    assert sum(one.numel() for one in parameters.values()) == (
+        backbone_parameters(row) + projector_parameters(row)
+    )
+    assert model.grid == (int(row["frames"]), *[int(row["resolution"]) // 14] * 2)
+    assert max(model.drop_path_rates) == pytest.approx(number(row["drop_path"]))
+    assert recipe.model.checkpoint_blocks == int(row["checkpoint_blocks"])
+    assert recipe.model.weights is None
+
+    groups = param_groups(model, recipe.optim)
+    assert {group["lr_scale"] for group in groups} == {1.0}
+    decays = {key: group["weight_decay"] for group in groups for key in group["names"]}
+    assert decays == {
+        key: 0.0
+        if one.ndim == 1 or key.endswith("pos_embed") or key == "cls_token"
+        else number(row["weight_decay"])
+        for key, one in parameters.items()
+    }
+
+    views = recipe.data.views
+    n, k, rng = 300, views.frames, np.random.default_rng(0)
+    drawn = np.stack([train_indices(views.sampling, n, k, rng) for _ in range(400)])
+    assert drawn.min(axis=0).tolist() == [i * (n // k) for i in range(k)]
+    assert drawn.max(axis=0).tolist() == [i * (n // k) + n // k - 1 for i in range(k)]
+    crops = [draw_crop(views, width=340, height=256, rng=rng) for _ in range(400)]
+    sides = [256, 224, 192, 168]  # of 1, 7/8, 3/4 and 0.66 of the short side
+    pairs = {(w, h) for i, w in enumerate(sides) for j, h in enumerate(sides) if abs(i - j) < 2}
+    assert {(crop.width, crop.height) for crop in crops} == pairs
+    assert (views.flip, views.never_flip) == (0.5, ("ssv2",))
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
