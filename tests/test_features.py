@@ -2,12 +2,14 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import toys
 from safetensors.torch import load_file
 from tiny_runs import (
     CLASSES,
@@ -15,7 +17,6 @@ from tiny_runs import (
     assert_same_run,
     classify,
     metrics,
-    run_cli,
     stop_after,
     write_recipe,
     write_video,
@@ -38,6 +39,14 @@ from distill.train import train
 TRAIN_CLIPS, VAL_CLIPS, TEST_CLIPS = 8, 4, 4
 SWEEP = {"lrs": [1e-2, 3e-2], "weight_decays": [0.0, 0.5]}
 HALF = {"rtol": 1e-2, "atol": 2e-3}  # of training with features rounded to half precision
+
+
+@pytest.fixture(scope="module", autouse=True)
+def here():
+    """Clips come from workers in other processes' runs alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        toys.load_here(patch)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -432,6 +441,30 @@ def test_a_distilled_student_is_probed_by_recipe_alone(videos, tmp_path):
     assert identity["model.weights (sha256)"] == file_sha256(weights)
 
 
+def run_ranks(count: int, recipe: Path) -> None:
+    """The processes that torchrun would start, without one more of torchrun's own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "distill", "train", str(recipe)],
+            env={**os.environ, **{k: str(v) for k, v in given.items()}, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for given in ({**place, "RANK": rank, "LOCAL_RANK": rank} for rank in range(count))
+    ]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * count, outputs
+
+
 def test_two_processes_make_the_features_in_parts_and_sweep_as_one(videos, tmp_path):
     """With a merge that leaves `fc_norm` without a gradient."""
     kept = {"views": 2, "seed": 5, "batch_size": 3}  # so that either has some to make
@@ -443,9 +476,7 @@ def test_two_processes_make_the_features_in_parts_and_sweep_as_one(videos, tmp_p
     found, expected = tmp_path / "two", tmp_path / "one"
     alone = train(one, expected)
     path = write_recipe(two, tmp_path / "r.yaml", found)
-    process = run_cli(path, ranks=2)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    run_ranks(2, path)
     one, other = (
         load_checkpoint(latest_checkpoint(folder / "checkpoints")).weights
         for folder in (found, expected)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import toys
 from test_cache_build import BUILD, no_progress, write_videos
 from torch.testing import assert_close
 
@@ -57,6 +58,14 @@ IMAGE = {
     "interval": 1,
 }
 ALL = {"mae": MAE, "video": VIDEO, "image": IMAGE}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def here():
+    """Clips come from workers in other processes' runs alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        toys.load_here(patch)
+        yield
 
 
 @pytest.fixture(scope="module")

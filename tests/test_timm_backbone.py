@@ -6,6 +6,7 @@ import torch
 from einops import rearrange
 from fill import TOLERANCE, clip, fill
 from safetensors.torch import save_file
+from tiny_video import TinyVideo
 from torch import nn
 from torch.testing import assert_close
 
@@ -101,30 +102,6 @@ def test_more_layers_than_stages_are_refused():
 def test_clips_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"expected a clip \[B,3, 2, 64, 64\], got \[1, 3, 4, 64"):
         make_student().decoder_inputs(clip(1, 4, 64))
-
-
-class TinyVideo(nn.Module):
-    """What a video model would look like in timm: its input has a time axis."""
-
-    def __init__(self, num_classes=0, **kwargs):
-        super().__init__()
-        self.pretrained_cfg = {
-            "input_size": (3, 4, 32, 32),
-            "mean": (0.5, 0.5, 0.5),
-            "std": (0.5, 0.5, 0.5),
-        }
-        self.feature_info = [{"num_chs": 8, "reduction": 8}, {"num_chs": 12, "reduction": 16}]
-        self.num_features = 12
-        self.stem = nn.Conv3d(3, 8, (2, 8, 8), stride=(2, 8, 8))
-        self.stage = nn.Conv3d(8, 12, (1, 2, 2), stride=(1, 2, 2))
-
-    def forward_intermediates(self, x, indices=None):
-        first = self.stem(x)
-        last = self.stage(first)
-        return last, [(first, last)[index] for index in indices]
-
-    def forward_head(self, x, pre_logits=False):
-        return x.mean(dim=(2, 3, 4))
 
 
 def test_a_video_model_sees_whole_clips(monkeypatch):

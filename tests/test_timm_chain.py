@@ -4,14 +4,26 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
+import toys
 from safetensors.torch import load_file
 from test_cache_build import write_videos
+from timm.models import register_model
+from tiny_video import TinyVideo
 from torch.testing import assert_close
 
 from distill.recipe import Recipe
 from distill.train import train
 
 TEACHER = {"width": 96, "depth": 3, "heads": 3, "pooled_width": 48, "layer_scale": 0.3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def here():
+    """Clips come from workers in other processes' runs alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        toys.load_here(patch)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +97,31 @@ def test_a_model_of_timms_is_distilled_and_finetuned(videos, tmp_path):
     tuned = load_file(tmp_path / "tuned" / "model.safetensors")
     assert any(not tuned[name].equal(value) for name, value in trunk.items())
     assert Path(summary["weights"]).exists()
+
+
+@register_model
+def tiny_video(**settings) -> TinyVideo:
+    """A video model of somebody's own, given to timm as any model is."""
+    return TinyVideo(**settings)
+
+
+def test_a_video_model_of_timms_registry_is_a_student(videos, tmp_path):
+    assert timm.is_model("tiny_video")
+    recipe = make_recipe(videos, distil(tmp_path, targets="live"), timm="tiny_video")
+    optim = recipe.optim.model_copy(update={"lr_per_batch": None})
+    distilled = train(recipe.model_copy(update={"optim": optim}), tmp_path / "live")
+    metrics = (tmp_path / "live" / "metrics.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in metrics]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["middle"] + line["pooled"], rel=1e-5)
+        assert line["middle"] == pytest.approx((line["layer_00"] + line["layer_01"]) / 2)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    state = load_file(distilled["weights"])
+    assert state["trunk.stem.weight"].shape == (8, 3, 2, 8, 8)  # of two frames together
+    assert state["clip_decoder.1.head.2.weight"].shape == (96, 12)
+    classify = {"kind": "classify", "num_classes": 2, "trainable": "head"}
+    weights = {"checkpoint": distilled["weights"]}
+    recipe = make_recipe(videos, classify, timm="tiny_video", weights=weights)
+    probed = load_file(train(recipe, tmp_path / "probe")["weights"])
+    assert_close(probed["trunk.stem.weight"], state["trunk.stem.weight"], rtol=0, atol=0)

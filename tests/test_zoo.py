@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from distill.cli import app
 from distill.errors import InputError
+from distill.models import build_model
 from distill.recipe import Classify, vit_size
 from distill.recipe_file import load_recipe
 from distill.students import create_classifier, create_student
@@ -196,6 +197,10 @@ def files(tmp_path_factory) -> Path:
         num_layers=2,
     )
     torch.save(student.state_dict(), folder / "L14_dist.bin")
+    pretrained = build_model(load_recipe("pretrain/1B", ["run.toy=true"])).state_dict()
+    torch.save({"module": pretrained, "epoch": 299}, folder / "pretrain.pth")
+    without = {key: value for key, value in pretrained.items() if not key.startswith("mae_")}
+    torch.save({"module": without}, folder / "no_mae.pth")
     whole = (folder / "L14_k400.bin").read_bytes()
     (folder / "cut.bin").write_bytes(whole[: len(whole) // 2])
     (folder / "code.bin").write_bytes(pickle.dumps(Runs(str(folder / "ran")), protocol=2))
@@ -210,10 +215,16 @@ def test_a_fitting_file_is_reported_and_says_which_list_is_missing(files):
     assert "set data.test.list=FILE" in text
 
 
-def test_a_distilled_file_fits_its_row_and_has_nothing_to_measure(files):
-    text = run("--check", files / "L14_dist.bin", "--row", "L14", "run.toy=true")
-    assert text.splitlines()[-2:] == [
-        "L14: the file fits",
+@pytest.mark.parametrize(
+    ("name", "row"), [("L14_dist.bin", "L14"), ("pretrain.pth", "pretrain/1B")]
+)
+def test_students_files_fit_their_rows_and_have_nothing_to_measure(files, name, row):
+    """With the projectors to every teacher, two of the pretrained one's."""
+    text = run("--check", files / name, "--row", row, "run.toy=true")
+    model = build_model(load_recipe(row, ["run.toy=true"]))
+    assert text.splitlines() == [
+        f"{files / name}: {len(model.state_dict())} tensors taken as they are",
+        f"{row}: the file fits",
         "unlike the published setting: run.toy: a toy's model and pixels",
     ]
 
@@ -225,6 +236,7 @@ def test_a_distilled_file_fits_its_row_and_has_nothing_to_measure(files):
         ("L14_k710.bin", "k400/L14", "the file has 710 classes and the model 400"),
         ("L14_dist.bin", "k400/L14", "keep asked for, but the file has no head"),
         ("L14_k400.bin", "L14", "of the model would stay at init"),
+        ("no_mae.pth", "pretrain/1B", "mae_pos_embed, mae_decoder.* (12) of the model would stay"),
         ("1B_k400_f8.pth", "k400/1B-f16", "pos_embed would have to go from 8x2x2 -> 16x2x2"),
         ("cut.bin", "k400/L14", "cut.bin: not a readable torch file"),
         ("code.bin", "k400/L14", "code.bin: refused, reading it would run code"),

@@ -5,7 +5,7 @@ Starting weights are random, in the layouts that released ones have.
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,25 +13,37 @@ import torch
 from PIL import Image
 from videos import burn, write
 
-from distill.data import load
 from distill.data.decode import Frames, Video, open_video
+from distill.data.load import Quarantine, Task, View
+from distill.errors import InputError
 from distill.recipe import Recipe, vit_size
 from distill.students import create_classifier, create_student
 from distill.toy import SIZES
 
 CLIPS, FRAMES, SECONDS = 8, 20, 0.8
-MODULES = ("distill.data.load", "distill.evaluate", "distill.cache.live")  # that load clips
+MODULES = ("data.load", "evaluate", "cache.live", "features")  # that load clips
 
 
 class HereLoader:
     """What `ClipLoader` does, in this process: starting workers takes longer than a toy's run."""
 
-    def __init__(self, load, **_: object) -> None:
-        self._load, self.wait_seconds = load, 0.0
+    def __init__(
+        self, load: Callable[[Task], View], *, quarantine: Quarantine, **_: object
+    ) -> None:
+        self._load, self._quarantine, self.wait_seconds = load, quarantine, 0.0
 
-    def run(self, batches: Iterable[Sequence[load.Task]]) -> Iterator[list]:
+    def run(self, batches: Iterable[Sequence[Task]]) -> Iterator[list[tuple[Task, View]]]:
         for tasks in batches:
-            yield [(task, self._load(task)) for task in tasks]
+            yield list(self._loaded(tasks))
+
+    def _loaded(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, View]]:
+        for task in tasks:
+            if task.clip in self._quarantine:
+                continue
+            try:
+                yield task, self._load(task)
+            except InputError as error:
+                self._quarantine.add(task.clip, str(error))
 
 
 @functools.cache
@@ -54,7 +66,7 @@ def open_decoded(path: str, *, decoder: str = "auto") -> Iterator[Video]:
 def load_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distill.data.load.open_video", open_decoded)
     for module in MODULES:
-        monkeypatch.setattr(f"{module}.ClipLoader", HereLoader)
+        monkeypatch.setattr(f"distill.{module}.ClipLoader", HereLoader)
 
 
 def make_data(folder: Path) -> None:

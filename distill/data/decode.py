@@ -10,6 +10,7 @@ both are right their pixels are equal bit for bit (tests/test_decode.py).
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import re
@@ -137,7 +138,7 @@ def open_video(path: str | Path, *, decoder: Decoder = "auto") -> Iterator[Video
 
     pyav = f"pyav {av.__version__}"
     uses_decord = doubt is None and decoder != "pyav"
-    backend = f"decord {metadata.version('decord')}" if uses_decord else pyav
+    backend = f"decord {_version('decord')}" if uses_decord else pyav
     yield Video(path, index.num_frames, index.fps, backend, read)
 
 
@@ -171,7 +172,7 @@ def _open_folder(path: str) -> Video:
                 )
         return Frames(np.stack(frames), np.full(len(wanted), np.nan))
 
-    return Video(path, len(files), float("nan"), f"pillow {metadata.version('pillow')}", read)
+    return Video(path, len(files), float("nan"), f"pillow {_version('pillow')}", read)
 
 
 def _image_number(name: str) -> tuple[int, str]:
@@ -376,6 +377,11 @@ def _display_matrix(frame: av.VideoFrame, path: str) -> _Matrix:
     if not is_quarter_turn or any(value % 65536 for value in (a, b, c, d)):
         raise InputError(f"{path}: turned by other than quarter turns; encode it anew, upright")
     return matrix
+
+
+@functools.cache
+def _version(package: str) -> str:
+    return metadata.version(package)
 
 
 class _DecordError(Exception):
