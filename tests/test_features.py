@@ -1,6 +1,7 @@
 """Probes from cached features, and many settings of a probe side by side."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -450,7 +451,7 @@ def run_ranks(count: int, recipe: Path) -> None:
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "distill", "train", str(recipe)],
-            env={**os.environ, **{k: str(v) for k, v in given.items()}, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, **{key: str(value) for key, value in given.items()}},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
