@@ -111,7 +111,7 @@ def test_a_video_model_of_timms_registry_is_a_student(videos, tmp_path):
     optim = recipe.optim.model_copy(update={"lr_per_batch": None})
     distilled = train(recipe.model_copy(update={"optim": optim}), tmp_path / "live")
     metrics = (tmp_path / "live" / "metrics.jsonl").read_text().splitlines()
-    lines = [json.loads(line) for line in metrics]
+    lines = [line for line in map(json.loads, metrics) if "loss" in line]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     for line in lines:
         assert line["loss"] == pytest.approx(line["middle"] + line["pooled"], rel=1e-5)
