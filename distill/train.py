@@ -336,7 +336,7 @@ class Run:
                 if self.sweep:
                     at.best["setting"] = result["setting"]
         if self.watch and self.is_first:
-            self.watch.write(self.log, step=at.step, epoch=at.epoch)
+            self.watch.write(self.job.model, self.log, step=at.step, epoch=at.epoch)
             self.watchdog.beat()
         if self.monitor is not None and self.monitor.is_due(at.epoch, self.recipe.optim.epochs):
             self.tell_quality()

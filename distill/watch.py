@@ -71,12 +71,11 @@ class Watch:
         self._batch: dict | None = None
 
     @torch.no_grad()
-    def look(self) -> Look:
-        """Cosines of every watched token, as the weights are now."""
+    def look(self, student: nn.Module) -> Look:
+        """Cosines of every watched token, as the student's weights are now."""
         if self._batch is None:
             with closing(self.job.watched.epoch(0)) as batches:
                 self._batch = _copy(next(batches))
-        student = self.job.model
         was_training = student.training
         student.eval()
         try:
@@ -92,12 +91,12 @@ class Watch:
         ours, theirs = (rows.cpu() for rows in main[-1])
         return Look(cosines, batch, theirs, ours)
 
-    def write(self, log: RunLog, *, step: int, epoch: int) -> None:
+    def write(self, student: nn.Module, log: RunLog, *, step: int, epoch: int) -> None:
         """Look, and write statistics to the metrics, histograms and pictures to TensorBoard.
 
         The latest pictures and histograms go to the run's folder too, for its report.
         """
-        look = self.look()
+        look = self.look(student)
         log.write(step, {"epoch": epoch, **statistics(look.cosines)})
         for name, values in look.cosines.items():
             log.histogram(f"watched/{name}", values.numpy(), step)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from tiny_runs import TRAIN_CLIPS, classify, distil, metrics, write_clips
 from torch.testing import assert_close
 
 from distill import pictures
+from distill.cache.identity import cache_identity
 from distill.job import WATCHED_CLIPS, build_job
+from distill.provenance import note_provenance
 from distill.train import train
 from distill.watch import Watch, statistics
 
@@ -139,6 +142,23 @@ def test_tensorboard_has_the_settings(distilled, board):
     assert "_hparams_/session_start_info" in content
     told = content["_hparams_/session_start_info"]
     assert b"optim.batch_size" in told and b"objective.mask.ratio" in told
+
+
+def test_a_run_notes_what_it_was_made_with(distilled):
+    folder, recipe = distilled
+    known = json.loads((folder / "provenance.json").read_text())
+    assert torch.__version__.startswith(known["versions"]["torch"])
+    assert known["hardware"]["cores"] == os.cpu_count()
+    assert known["hardware"]["memory_bytes"] > 2**28
+    assert known["cache"]["folder"] == recipe.objective.cache.folder
+    assert known["cache"]["identity"].items() >= cache_identity(recipe).items()
+
+
+def test_a_run_that_goes_on_keeps_its_note(distilled):
+    folder, recipe = distilled
+    before = (folder / "provenance.json").read_bytes()
+    note_provenance(recipe, folder, device=torch.device("cpu"))
+    assert (folder / "provenance.json").read_bytes() == before
 
 
 def test_the_latest_look_lies_in_the_folder(distilled):
