@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
 
 import av
 import numpy as np
@@ -41,6 +42,20 @@ def test_a_video_shows_what_was_rendered(tmp_path):
     error = np.abs(decoded[:, None].astype(float) - frames).mean(axis=(2, 3, 4))  # [T,T]
     assert error.diagonal().max() < 12  # lossy, at a quality that keeps the digit
     np.testing.assert_array_equal(error.argmin(axis=1), np.arange(demo.FRAMES))
+
+
+def test_the_same_frames_are_the_same_bytes_however_often_they_are_encoded(tmp_path):
+    """With x264's assembly some of these encodings would differ, more so side by side."""
+    clips = [render_clip(number % 10, "train", number=number, seed=0) for number in range(12)]
+
+    def encode(number: int) -> bytes:
+        path = tmp_path / f"{number}.mp4"
+        demo.write_video(path, clips[number % 12])
+        return path.read_bytes()
+
+    with ThreadPoolExecutor(2) as pool:
+        files = list(pool.map(encode, range(12 * 25)))
+    assert [len(set(files[number::12])) for number in range(12)] == [1] * 12
 
 
 def test_a_stopped_call_is_gone_on_with_and_a_finished_one_does_nothing(tmp_path):
