@@ -83,7 +83,7 @@ def finish(
         "last": at.last,
         "best_on_val": at.best,
         "monitor": at.monitor or None,
-        "quarantined": len(job.quarantine.entries) if job.quarantine else 0,
+        "quarantined": job.quarantine.num_counted if job.quarantine else 0,
         "hit_rate": at.cached / at.read if at.read else None,
         "evaluation": None,
         "weights": str(folder / WEIGHTS_FILE),
@@ -97,11 +97,11 @@ def finish(
         best = step_folder(folder / "checkpoints", int(at.best["step"]))
         file = folder / WEIGHTS_FILE if job.sweep else best / WEIGHTS_FILE
         summary["best_on_val"] = {**at.best, "weights": str(file)}
-    if job.quarantine and job.quarantine.entries:
+    if job.quarantine and job.quarantine.num_counted:
         logger.warning(
             "%s: went on without %d clips that could not be read; %s says why",
             folder,
-            len(job.quarantine.entries),
+            job.quarantine.num_counted,
             folder / "quarantine.jsonl",
         )
     if isinstance(recipe.objective, schema.Classify) and has_evaluation(recipe):

@@ -102,6 +102,7 @@ def build_job(
         folder / part.name("quarantine.jsonl"),
         total=-(-len(clips) // part.count),
         max_share=recipe.data.max_quarantined,
+        clips=clips,
     )
     names = {clip.id: clip.name for clip in clips}
     # Live views and masks are those that a cache would hold.

@@ -288,6 +288,10 @@ def test_undecodable_clips_are_left_out_counted_and_listed(videos, tmp_path, cap
     strict = classify(videos, data__train=section, data__max_quarantined=0.05)
     with pytest.raises(StateError):
         train(strict, tmp_path / "strict")
+    # The line is taken out of the list, and its entry is still there.
+    (tmp_path / "train.csv").write_text(lines)
+    assert train(strict, tmp_path / "strict")["quarantined"] == 0
+    assert "broken.mp4" in (tmp_path / "strict" / "quarantine.jsonl").read_text()
 
 
 def test_no_epochs_evaluates_the_weights_as_they_are(finished, videos, tmp_path):

@@ -38,7 +38,8 @@ class Quarantine:
     """Clips that cannot be decoded, with the reason, in memory and as lines of JSON at `path`.
 
     `entries` are dicts with id, name, path, line and reason, those of earlier runs included. Of
-    these only the given `clips`, or all without any, count towards the share of `total`.
+    these only the given `clips`, or all without any, are `num_counted`, towards the share of
+    `total`.
     `earlier` are entries from elsewhere, `where` is what a message calls the place of all of
     them, and `publish` is called after every new line of the file.
     """
@@ -64,7 +65,7 @@ class Quarantine:
             self.entries += parse_entries(path.read_bytes(), where=str(path))
         self._ids = {entry["id"] for entry in self.entries}
         earlier = self._ids if clips is None else {clip.id for clip in clips if clip in self}
-        self._num_counted = len(earlier)
+        self.num_counted = len(earlier)
         self._is_mended = False
 
     def __contains__(self, clip: Clip) -> bool:
@@ -83,7 +84,7 @@ class Quarantine:
         }
         self._ids.add(clip.id)
         self.entries.append(entry)
-        self._num_counted += 1
+        self.num_counted += 1
         if self.path is not None:
             self._append(self.path, json.dumps(entry, ensure_ascii=False) + "\n")
             if self._publish is not None:
@@ -106,9 +107,9 @@ class Quarantine:
 
     def check(self) -> None:
         """Raise `StateError` where more than the allowed share is in."""
-        if self._num_counted > self._max_share * self._total:
+        if self.num_counted > self._max_share * self._total:
             raise StateError(
-                f"{self._num_counted} of {self._total} clips cannot be decoded, more than "
+                f"{self.num_counted} of {self._total} clips cannot be decoded, more than "
                 f"data.max_quarantined={self._max_share:g} allows; the last: "
                 + str(self.entries[-1]["reason"])
                 + (
