@@ -131,11 +131,13 @@ class TogetherPlan:
 def make_plan(recipe: Recipe, *, sustained_tflops: float = SUSTAINED_TFLOPS) -> Plan:
     """Work a recipe out; its clips are counted in the list, or taken from `num_clips`.
 
+    A classifier of no epochs has none: its weights are evaluated as they are.
     Hours are FLOPs over `sustained_tflops` of one device. Raises InputError when nothing tells
     the number of clips.
     """
     optim, section = recipe.optim, recipe.objective
-    clips = count_clips(recipe)
+    is_trained = optim.epochs > 0 or isinstance(section, Distill)
+    clips = count_clips(recipe) if is_trained else 0
     views = clips * recipe.data.augment.repeats  # of an epoch
     steps_per_epoch = math.ceil(views / optim.batch_size)
     schedule = make_schedule(optim, steps_per_epoch=steps_per_epoch)
@@ -144,7 +146,7 @@ def make_plan(recipe: Recipe, *, sustained_tflops: float = SUSTAINED_TFLOPS) -> 
     micro_batch = min(optim.micro_batch or optim.batch_size, optim.batch_size)
     memory = parameters * PARAMETER_BYTES + micro_batch * activation_bytes(recipe)
     teacher = cache = features = None
-    if isinstance(section, Classify) and section.features is not None:
+    if isinstance(section, Classify) and section.features is not None and is_trained:
         fields, kept = feature_bytes(recipe), section.features.views
         features = FeaturesPlan(
             views=kept,
@@ -267,6 +269,13 @@ def count_clips(recipe: Recipe) -> int:
 
 def plan_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     """The plan as labels and sentences for a table."""
+    about = f"{plan.size}: {plan.parameters:,} parameters, {plan.tokens:,} tokens a clip"
+    forward = _flops(plan.forward_tflop)
+    if not plan.epochs and plan.teacher is None:
+        yield "training", "none, as optim.epochs is 0: the weights are evaluated as they are"
+        yield "model", about
+        yield "forward", f"{forward} a view"
+        return
     yield "clips", f"{plan.clips:,}"
     what = "clips" if plan.repeats == 1 else "views"
     pieces = "" if plan.micro_batch == plan.batch_size else f", {plan.micro_batch} at a time"
@@ -279,8 +288,7 @@ def plan_rows(plan: Plan) -> Iterator[tuple[str, str]]:
         "learning rate",
         f"peak {plan.peak_lr:g} after {plan.warmup_steps:,} steps, floor {plan.floor_lr:g}",
     )
-    yield "model", f"{plan.size}: {plan.parameters:,} parameters, {plan.tokens:,} tokens a clip"
-    forward = _flops(plan.forward_tflop)
+    yield "model", about
     if plan.features is None:
         yield "training step", f"{_flops(plan.step_tflop)} a clip, of which forward {forward}"
     else:

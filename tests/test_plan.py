@@ -167,6 +167,19 @@ def test_classifiers_have_neither_teacher_nor_cache():
     assert [label for label, _ in plan_rows(plan)][-2:] == ["time", "  training"]
 
 
+def test_weights_that_are_only_evaluated_need_no_list_to_train_on():
+    settings = ["optim.epochs=0", "data.train.list=null", "data.train.num_clips=null"]
+    plan = make_plan(load_recipe("k400/L14", settings))
+    assert (plan.clips, plan.steps, plan.hours) == (0, 0, 0.0)
+    assert dict(plan_rows(plan)) == {
+        "training": "none, as optim.epochs is 0: the weights are evaluated as they are",
+        "model": f"L14: {plan.parameters:,} parameters, 2,049 tokens a clip",
+        "forward": "1.661 TFLOP a view",
+    }
+    with pytest.raises(InputError, match="the number of clips is not known"):
+        make_plan(load_recipe("k400/L14", settings[1:]))
+
+
 def test_rows_say_it_in_words(plans):
     rows = dict(plan_rows(plans["L14"]))
     assert rows["steps"] == "100 epochs of 538 steps, the last one of 224 clips: 53,800"
