@@ -1,4 +1,4 @@
-"""Jobs of two processes as SLURM and torchrun start, stop and restart them."""
+"""Jobs of several processes as SLURM and torchrun start, stop and restart them."""
 
 import os
 import re
@@ -81,7 +81,7 @@ def cluster(tmp_path_factory) -> dict[str, str]:
     for name, line in commands.items():
         (folder / name).write_text(f"#!/bin/bash\n{line}\n")
         (folder / name).chmod(0o755)
-    job = {"SLURM_JOB_ID": str(10_000 + os.getpid()), "SLURM_NTASKS": "2"}
+    job = {"SLURM_JOB_ID": str(10_000 + os.getpid()), "SLURM_NTASKS": "3"}
     return {**os.environ, **job, "PATH": f"{folder}:{os.environ['PATH']}", "TOLD": f"{folder}/told"}
 
 
@@ -97,7 +97,7 @@ def start(command: list[str], environment: dict[str, str] | None = None) -> subp
 
 @pytest.fixture(scope="module")
 def undisturbed(videos, cluster, tmp_path_factory) -> Path:
-    """The folder of a run by two tasks of SLURM's, with nothing between start and end."""
+    """The folder of a run by three tasks of SLURM's, with nothing between start and end."""
     folder = tmp_path_factory.mktemp("undisturbed")
     process = start(["bash", str(SBATCH), str(recipe_of(videos, folder))], cluster)
     output, _ = process.communicate(timeout=300)
@@ -161,10 +161,10 @@ def test_a_job_told_to_end_is_queued_again_and_goes_on(videos, undisturbed, clus
 
 def test_torchrun_restarts_a_job_of_which_a_rank_was_killed(videos, undisturbed, tmp_path):
     command = ["--max-restarts", "1", "-m", "distill", "train", str(recipe_of(videos, tmp_path))]
-    process = start([sys.executable, *torchrun(2), *command])
+    process = start([sys.executable, *torchrun(3), *command])
     wait_for_step(tmp_path / "run", 2, process)
     ranks = ranks_of(process)
-    assert len(ranks) == 2
+    assert len(ranks) == 3
     os.kill(ranks[1], signal.SIGKILL)
     killed = time.monotonic()
     while set(ranks) & descendants(process.pid).keys():
