@@ -202,7 +202,7 @@ def test_exponents_are_numbers_and_whole_ones_are_integers():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: 1\nb: [\n", "r.yaml:3: not valid YAML: expected the node content, but found"),
+        ("a: 1\nb: [\n", "r.yaml:3: not valid YAML: did not find expected node content"),
         ("a: 1\nb: 2\na: 3\n", "r.yaml:3: not valid YAML: 'a' is given twice"),
         ("a: 1\non: 3\n", "r.yaml:2: not valid YAML: 'on' is read as True, but a key must be"),
         ("a: !!python/name:os.system\n", "r.yaml:1: not valid YAML: could not determine a"),
