@@ -1,5 +1,6 @@
 """The shipped recipes: all of them load, say what they need, and build what their name says."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from distill.recipe_file import load_recipe, recipe_hash, shipped_recipes
 from distill.students.vit import SIZES
 
 SHIPPED = shipped_recipes()
+load = functools.cache(load_recipe)
 
 
 def size_in(name: str) -> str:
@@ -32,12 +34,12 @@ def test_every_recipe_of_the_repository_is_shipped():
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_recipe_is_called_what_its_path_says(name):
-    assert load_recipe(name).name == name
+    assert load(name).name == name
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_recipe_loads(name):
-    assert load_recipe(SHIPPED[name]) == load_recipe(name)
+    assert load_recipe(SHIPPED[name]) == load(name)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -50,7 +52,7 @@ def test_recipe_opens_with_command_hardware_and_number(name):
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if size_in(name) in SIZES])
 def test_recipe_builds_the_size_it_is_named_after(name):
-    recipe = load_recipe(name)
+    recipe = load(name)
     with torch.device("meta"):
         size = build_model(recipe).size
     assert size == SIZES[size_in(name)]
@@ -61,7 +63,7 @@ def test_recipe_builds_the_size_it_is_named_after(name):
     [("S14", 4096, 128), ("B14", 4096, 128), ("L14", 2048, 64)],
 )
 def test_distillation_settings_are_the_published_ones(name, batch_size, micro_batch):
-    recipe = load_recipe(name)
+    recipe = load(name)
     optim, objective, views = recipe.optim, recipe.objective, recipe.data.views
     assert (optim.batch_size, optim.micro_batch) == (batch_size, micro_batch)
     assert (optim.lr, optim.lr_per_batch, optim.min_lr, optim.warmup_lr) == (1e-3, 256, 1e-5, 0)
@@ -80,21 +82,21 @@ def test_distillation_settings_are_the_published_ones(name, batch_size, micro_ba
 
 
 def test_students_of_one_teacher_share_one_cache():
-    sections = [load_recipe(name).objective.cache for name in ("S14", "B14", "L14")]
+    sections = [load(name).objective.cache for name in ("S14", "B14", "L14")]
     assert sections[0] == sections[1] == sections[2]
 
 
 def test_students_together_are_those_of_their_own_recipes():
-    together = load_recipe("SBL14").students
+    together = load("SBL14").students
     assert list(together) == ["S14", "B14", "L14"]
     for name, recipe in together.items():
-        alone = load_recipe(name)
+        alone = load(name)
         assert recipe_hash(recipe) == recipe_hash(alone)
         assert recipe.objective.cache == alone.objective.cache
 
 
 def test_run_folders_do_not_collide():
-    loaded = [load_recipe(name) for name in SHIPPED]
+    loaded = [load(name) for name in SHIPPED]
     folders = [one.run.folder for one in loaded]
     assert len(set(folders)) == len(folders)
-    assert all(isinstance(one, Recipe) for one in map(load_recipe, ("S14", "B14", "L14")))
+    assert all(isinstance(one, Recipe) for one in map(load, ("S14", "B14", "L14")))
