@@ -175,21 +175,32 @@ def test_offsets_past_two_to_the_31():
         assert error.item() < 5e-3
 
 
-@pytest.mark.parametrize("width", [384, 768])  # by Gram matrices, and by chunks
-@pytest.mark.parametrize("kind", [None, "4bit", "2bit"])
-def test_linear_alignment_is_as_exact_as_eager(width, kind):
-    out_width = 1408
-    groups, targets = inputs(out_width, torch.bfloat16)
-    states = [draw(3, 67, width, seed=30 + i).bfloat16() for i in range(3)]
+def linear_inputs(width, dtype, *, out_width=1408):
+    """Arguments of the loss with its linear layers, and targets [K,B,M,E]."""
+    groups, targets = inputs(out_width, dtype)
+    states = [draw(3, 67, width, seed=30 + i).to(dtype) for i in range(3)]
     matrices = [draw(out_width, width, seed=40 + i).float() / width**0.5 for i in range(3)]
     shifts = [0.1 * draw(out_width, seed=50 + i).float() for i in range(3)]
-    arguments = [states, matrices, shifts, *groups[1:]]
+    return [states, matrices, shifts, *groups[1:]], targets
+
+
+# By Gram matrices, by chunks, and an odd size of each; float16 is by chunks alone.
+@pytest.mark.parametrize(
+    ("width", "dtype"),
+    [(384, torch.bfloat16), (65, torch.bfloat16), (768, torch.bfloat16), (513, torch.bfloat16)]
+    + [(384, torch.float16)],
+)
+@pytest.mark.parametrize("kind", [None, "4bit", "2bit"])
+def test_linear_alignment_is_as_exact_as_eager(width, dtype, kind):
+    arguments, targets = linear_inputs(width, dtype)
+    scale = 4096.0 if dtype == torch.float16 else 1.0  # as of a loss scale
     aims = decoded = targets
     if kind is not None:
         codec, fields = coded(kind, targets)
         aims = codec.targets(**fields)
         decoded = decode_targets_reference(aims, torch.float64).transpose(0, 1)
-    want = run(linear_alignment_reference, exact(arguments), decoded.double())
+    upstream = scale * UPSTREAM
+    want = run(linear_alignment_reference, exact(arguments), decoded.double(), upstream=upstream)
 
     def eager(states, matrices, shifts, gains, biases, targets):
         raw = [
@@ -198,7 +209,20 @@ def test_linear_alignment_is_as_exact_as_eager(width, kind):
         ]
         return in_dtype(raw, gains, biases, targets)
 
-    check(run(linear_alignment, arguments, aims), run(eager, arguments, decoded.bfloat16()), want)
+    found = run(linear_alignment, arguments, aims, upstream=upstream)
+    check(found, run(eager, arguments, decoded.to(dtype), upstream=upstream), want)
+
+
+@pytest.mark.parametrize("width", [384, 768])
+@pytest.mark.parametrize("kind", [None, "4bit"])
+def test_gradients_of_linear_layers_are_the_same_bits_in_every_run(width, kind):
+    arguments, targets = linear_inputs(width, torch.bfloat16)
+    if kind is not None:
+        codec, fields = coded(kind, targets)
+        targets = codec.targets(**fields)
+    first = run(linear_alignment, arguments, targets)
+    for _ in range(3):
+        assert_close(run(linear_alignment, arguments, targets), first, rtol=0, atol=0)
 
 
 def test_linear_alignment_keeps_no_projection():
@@ -235,6 +259,20 @@ def test_patches_are_embedded_as_exactly_as_by_eager(rows, dtype):
     want = results(patch_embed_reference, weight, bias)
     eager = results(patch_embed_reference, weight.to(dtype), bias.to(dtype))
     check(results(patch_embed, weight.to(dtype), bias.to(dtype)), eager, want)
+
+
+def test_embeddings_are_the_same_bits_in_every_run():
+    stream = torch.Generator("cuda").manual_seed(0)
+    patches = torch.randint(
+        0, 256, (64, 410, 588), dtype=torch.uint8, device="cuda", generator=stream
+    )
+    leaves = [draw(384, 588).bfloat16().requires_grad_(), draw(384).bfloat16().requires_grad_()]
+    found = []
+    for _ in range(3):
+        out = patch_embed(patches, *leaves, **STATISTICS)
+        gradients = torch.autograd.grad(out.float().square().mean(), leaves)
+        found.append([out.detach(), *gradients])
+    assert_close(found[1:], found[:1] * 2, rtol=0, atol=0)
 
 
 def test_patches_past_two_to_the_31():

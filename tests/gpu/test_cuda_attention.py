@@ -12,6 +12,7 @@ from distill.kernels.attention import (
     attention_reference,
     pack,
     pack_evenly,
+    stock_attention,
 )
 
 pytestmark = [
@@ -76,6 +77,18 @@ def test_half_precision_loses_no_more_than_eager_does(poisoned, sequences, d, dt
         assert ours.dtype == theirs.dtype
         error, allowed = relative_error(ours, formula), 1.5 * relative_error(theirs, formula)
         assert error <= allowed, f"{name}: {error:.1e}, allowed {allowed:.1e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [67, 2049])
+def test_a_frozen_models_attention_loses_no_more_than_eager_does(poisoned, tokens, dtype):
+    leaves, _ = inputs([tokens] * 2, 16, 88, dtype=dtype)
+    packing = pack_evenly(2, tokens)
+    with torch.inference_mode():
+        found = stock_attention(*leaves, packing, heads=16)
+        eager = attention_reference(*leaves, packing, heads=16)
+        exact = attention_formula(*leaves, lengths=[tokens] * 2, heads=16)
+    assert relative_error(found, exact) <= 1.5 * relative_error(eager, exact)
 
 
 @pytest.mark.parametrize("heads", [1, 6, 16])
