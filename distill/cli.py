@@ -13,6 +13,7 @@ from rich.table import Table
 from distill.cli_cache import OverridesArgument, cache_app
 from distill.cli_doctor import doctor
 from distill.cli_report import report
+from distill.cli_use import add_use_commands
 from distill.dist import adopt_slurm
 from distill.errors import InputError
 from distill.shell import (
@@ -45,6 +46,7 @@ app = typer.Typer(
 )
 
 app.add_typer(cache_app, name="cache")
+add_use_commands(app)
 
 RecipeArgument = Annotated[
     str | None,

@@ -15,10 +15,11 @@ from distill.checkpoint import (
     write_json,
     write_tensors,
 )
+from distill.describe import describe_model
 from distill.dist import joined_part, wait_for_all
 from distill.evaluate import evaluate, score_views
 from distill.interrupt import StopRequest
-from distill.job import Job, describe_model, has_evaluation
+from distill.job import Job, has_evaluation
 from distill.probe import sweep_summary
 from distill.run_folder import SUMMARY
 

@@ -1,6 +1,5 @@
 """From a recipe to what a training loop needs: everything a run reads is opened here."""
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -233,30 +232,3 @@ def evaluation_views(recipe: schema.Recipe) -> list[tuple[str, int, int]]:
 def has_evaluation(recipe: schema.Recipe) -> bool:
     """Whether there is a list to evaluate on; a run without one only trains."""
     return recipe.data.val is not None or recipe.data.test is not None
-
-
-def describe_model(recipe: schema.Recipe) -> dict[str, str]:
-    """Metadata of a weights file: enough to build its model without the recipe."""
-    model, views = recipe.model, recipe.data.views
-    if model.timm:
-        size = f"timm/{model.timm}"
-    else:
-        size = model.size if isinstance(model.size, str) else model.size.model_dump_json()
-    described = {
-        "recipe": recipe.name,
-        "objective": recipe.objective.kind,
-        "size": size,
-        "frames": str(views.frames),
-        "image_size": str(views.image_size),
-        "tubelet": str(model.tubelet),
-        "positions": model.positions,
-        "activation": model.activation,
-    }
-    if isinstance(recipe.objective, schema.Classify):
-        described["num_classes"] = str(recipe.objective.num_classes)
-        if recipe.objective.class_names:
-            described["class_names"] = json.dumps(recipe.objective.class_names)
-        if recipe.objective.probe is not None:
-            described["probe"] = recipe.objective.probe
-            described["probe_norm"] = recipe.objective.probe_norm
-    return described

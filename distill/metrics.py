@@ -110,16 +110,23 @@ class Answers:
 
 def merge_views(scores: Scores, clips: Sequence[Clip], *, num_classes: int) -> Answers:
     """The answer for each clip of the list: the mean of its views' softmaxes, in float64."""
-    rows = torch.from_numpy(_rows(scores, clips))
-    sums = torch.zeros(len(clips), num_classes, dtype=torch.float64)
-    sums.index_add_(0, rows, scores.logits.double().softmax(dim=1))
-    views = torch.bincount(rows, minlength=len(clips)).numpy()
-    is_right = np.zeros(sums.shape, bool)
+    means, views = mean_over_views(scores, scores.logits.double().softmax(dim=1), clips)
+    is_right = np.zeros((len(clips), num_classes), bool)
     is_right[np.arange(len(clips)), [clip.label for clip in clips]] = True
     number_of: dict[str, int] = {}
     video = [number_of.setdefault(clip.name, len(number_of)) for clip in clips]
-    means = sums.numpy() / np.maximum(views, 1)[:, None]
     return Answers(means, is_right, views > 0, np.array(video))
+
+
+def mean_over_views(
+    scores: Scores, values: torch.Tensor, clips: Sequence[Clip]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The mean [n,C] of each clip's rows of `values` [R,C], and how many it has [n]."""
+    rows = torch.from_numpy(_rows(scores, clips))
+    sums = torch.zeros(len(clips), values.shape[1], dtype=values.dtype)
+    sums.index_add_(0, rows, values)
+    views = torch.bincount(rows, minlength=len(clips)).numpy()
+    return sums.numpy() / np.maximum(views, 1)[:, None], views
 
 
 def weighted_metrics(answers: Answers, weights: np.ndarray) -> dict[str, np.ndarray]:

@@ -30,6 +30,7 @@ from distill.checkpoint import (
     write_json,
 )
 from distill.data.load import ClipBatches
+from distill.describe import describe_model
 from distill.dist import exchange, joined_part, wait_for_all
 from distill.engine import (
     Engine,
@@ -47,7 +48,6 @@ from distill.job import (
     Job,
     build_job,
     check_evaluation,
-    describe_model,
     open_cache,
 )
 from distill.kernel_choice import using_kernels

@@ -1,15 +1,18 @@
-"""The models under upstream's names in timm: import this module, then `timm.create_model(name)`.
+"""Our models in timm: import this module, then `timm.create_model(name)`.
 
-Keywords are those of `create_classifier` and `create_student`. timm has no weights for these
-models; `distill.students.warmstart.load_weights` reads the released files.
+Under upstream's names keywords are those of `create_classifier` and `create_student`. timm has no
+weights for these; `distill.students.warmstart.load_weights` reads the released files. What
+`distill export` writes is a `distill_video`, which timm finds with its weights in the folder:
+`timm.create_model("local-dir:FOLDER", pretrained=True)`.
 """
 
 from collections.abc import Callable
 
-from timm.models import register_model
+from timm.models import load_pretrained, register_model
 from torch import nn
 
 from distill.students.classifier import create_classifier
+from distill.students.encoder import create_video_model
 from distill.students.student import create_student
 
 _SIZES = {"small": "S14", "base": "B14", "large": "L14", "1B": "1B", "6B": "6B"}
@@ -47,3 +50,21 @@ for _name, _size in _SIZES.items():
         )
 for _name in ("small", "base", "large"):
     _register(f"distill_internvideo2_{_name}_patch14_224", create_student, _SIZES[_name])
+
+
+@register_model
+def distill_video(
+    pretrained: bool = False,
+    pretrained_cfg: dict | None = None,
+    pretrained_cfg_overlay: object = None,
+    cache_dir: str | None = None,
+    pretrained_model_args: object = None,
+    **settings: object,  # checked by `create_video_model`, which takes no others than it names
+) -> nn.Module:
+    """A model of `create_video_model`; as for any of timm's, 0 classes leave the classifier out."""
+    model = create_video_model(**settings)
+    model.pretrained_cfg = model.default_cfg = pretrained_cfg or {}
+    model.num_classes = settings.get("num_classes", 0)
+    if pretrained:
+        load_pretrained(model, pretrained_cfg, num_classes=model.num_classes, cache_dir=cache_dir)
+    return model

@@ -10,9 +10,9 @@ from torch.testing import assert_close
 
 from distill import recipe as schema
 from distill.checkpoint import write_tensors
+from distill.describe import describe_model
 from distill.errors import InputError
 from distill.evaluate import evaluate_recipe
-from distill.job import describe_model
 from distill.models import build_classifier, load_recipe_weights
 from distill.objective import ClassifyObjective
 from distill.recipe_check import missing_inputs
