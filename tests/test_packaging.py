@@ -54,6 +54,8 @@ def test_imports_point_one_way(folder):
         ("triton", {"kernels"}),
         ("deepspeed", {"distill/engine.py"}),
         ("decord", {"distill/data/decode.py"}),
+        ("onnxruntime", {"distill/export.py"}),
+        ("huggingface_hub", {"distill/model_card.py", "students/hub.py"}),
     ],
 )
 def test_heavy_packages_are_imported_in_one_place(package, home):
