@@ -13,6 +13,7 @@ from distill.data.demo import CLASSES, PHOTOGRAPHS, SPLITS, digit_range, make_de
 from distill.data.index import read_list
 from distill.errors import InputError
 from distill.recipe import ClipList, Demo
+from distill.recipe_file import load_recipe
 
 
 def section(folder, **changes):
@@ -30,6 +31,11 @@ def test_lists_name_every_video_and_its_label(tmp_path):
             assert stream.codec_context.name == "h264"
             frames = sum(1 for _ in container.decode(stream))
         assert frames == demo.FRAMES
+
+
+def test_the_quickstart_calls_the_classes_by_their_names():
+    stages = load_recipe("quickstart").stages
+    assert {stages[name].objective.class_names for name in ("finetuned", "scratch")} == {CLASSES}
 
 
 def test_a_video_shows_what_was_rendered(tmp_path):
