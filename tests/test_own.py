@@ -56,6 +56,23 @@ def test_one_command_ends_with_a_student_that_knows_the_classes(here):
         assert file.get_slice("head.weight").get_shape() == [3, 96]
 
 
+def test_two_more_commands_export_the_student_and_write_a_report(here):
+    text = shell("export", "runs/own_cpu/finetuned", "--to", "timm")
+    assert "runs/own_cpu/finetuned/export/timm: " in text
+    card = Path("runs/own_cpu/finetuned/export/timm/README.md").read_text()
+    assert "own_cpu/finetuned" in card
+    (video, *_) = sorted(Path("videos/light").iterdir())
+    (found,) = json.loads(
+        CliRunner()
+        .invoke(app, ["predict", "runs/own_cpu/finetuned/export/timm", str(video), "--json"])
+        .stdout
+    )
+    assert found["top"][0]["name"] == "light"
+    assert "runs/own_cpu/report.html" in shell("report", "runs/own_cpu")
+    page = Path("runs/own_cpu/report.html").read_text()
+    assert all(name in page for name in (*CLASSES, "own_cpu/distilled", "own_cpu/finetuned"))
+
+
 def test_no_video_is_learned_from_and_reported_on(here):
     recipe = load_recipe("runs/own_cpu/finetuned/recipe.yaml")
     assert (recipe.data.train.part, recipe.data.test.part) == ("train", "test")
