@@ -32,7 +32,8 @@ def report(
     Results, curves, pictures and settings, all in a file that opens offline. Runs under way and
     folders with pieces missing show what is there.
 
-    Examples: `distill report runs/L14`, `distill report runs/S14 runs/B14 --output both.html`
+        distill report runs/L14
+        distill report runs/S14 runs/B14 --output both.html
     """
     with clean_exit():
         configure_log()

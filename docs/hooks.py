@@ -74,7 +74,7 @@ def recipe_tables() -> str:
     """A table of each section of the schema, under the places where a recipe has it."""
     schema = Recipe.model_json_schema()
     places: dict[str, list[str]] = {"": [""]}
-    _place(schema, "", schema["$defs"], places)
+    _place(schema, "", defs=schema["$defs"], places=places)
     parts = []
     for name, paths in places.items():
         section = schema["$defs"][name] if name else schema
@@ -92,13 +92,14 @@ def recipe_tables() -> str:
     return "\n\n".join(parts)
 
 
-def _place(section: dict, path: str, defs: dict, places: dict[str, list[str]]) -> None:
+def _place(section: dict, path: str, *, defs: dict, places: dict[str, list[str]]) -> None:
+    """Note every section below `path`, by its name in the schema."""
     for key, node in section["properties"].items():
         for name, below in _references(node):
             where = f"{path}.{key}{below}".lstrip(".")
             if where not in places.setdefault(name, []):
                 places[name].append(where)
-                _place(defs[name], where, defs, places)
+                _place(defs[name], where, defs=defs, places=places)
 
 
 def _references(node: Any, below: str = "") -> Iterator[tuple[str, str]]:

@@ -64,6 +64,7 @@ def test_small_classes_give_one_video_to_each_part(tmp_path):
     (folder / "run/2.mp4").unlink()
     with pytest.raises(InputError, match=r"few/run: 2 videos, expected at least 3: one each for"):
         read_folder(folder, "train")
+    assert len(read_folder(folder)) == 8  # all of it: nothing is divided
 
 
 def test_only_videos_are_read_below_a_class_too_and_hidden_files_are_not(videos):

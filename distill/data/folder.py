@@ -38,7 +38,7 @@ def read_folder(folder: Path, part: Part | None = None) -> list[tuple[str, int]]
 
     Paths are relative to the folder and sorted. A part depends on the names alone: a video that is
     added moves at most a few others of its class. Raises InputError for a class with fewer videos
-    than parts.
+    than parts, where a part is asked for.
     """
     names = class_names(folder)
     divided = {one: one for one in PARTS if (folder / one).is_dir()} if _is_divided(folder) else {}
@@ -49,14 +49,12 @@ def read_folder(folder: Path, part: Part | None = None) -> list[tuple[str, int]]
     found: list[tuple[str, int]] = []
     for label, name in enumerate(names):
         for source in dict.fromkeys(sources[one] for one in wanted):
-            shared = [one for one in PARTS if sources[one] == source]
-            videos = _videos(folder, os.path.join(source, name))
-            found += [
-                (video, label)
-                for one, videos_of_part in _divide(videos, shared, folder / source / name).items()
-                if one in wanted
-                for video in videos_of_part
-            ]
+            place = os.path.join(source, name)
+            videos = _videos(folder, place)
+            if part is not None:
+                shared = [one for one in PARTS if sources[one] == source]
+                videos = _divide(videos, shared, place=folder / place)[part]
+            found += [(video, label) for video in videos]
     return sorted(found, key=lambda item: (item[1], item[0]))
 
 
@@ -117,7 +115,7 @@ def _videos(folder: Path, below: str) -> list[str]:
     ]
 
 
-def _divide(videos: list[str], parts: Sequence[Part], place: Path) -> dict[Part, list[str]]:
+def _divide(videos: list[str], parts: Sequence[Part], *, place: Path) -> dict[Part, list[str]]:
     """The videos of a class by part, in an order that their names' hashes make."""
     if len(videos) < len(parts):
         raise InputError(
