@@ -110,6 +110,15 @@ def embedding(
         return gradients("patch_embed._PatchEmbed.apply", arguments, {}, [upstream])
 
 
+def where(changes: dict, place: str, arguments: tuple, settings: dict):
+    """What is returned with attributes of modules changed, by their places."""
+    with contextlib.ExitStack() as stack:
+        for name, value in changes.items():
+            module, attribute = name.rsplit(".", 1)
+            stack.enter_context(patch.object(find(module), attribute, value))
+        return find(place)(*arguments, **settings)
+
+
 def self_checked(dtype: str, kernels: tuple[str, ...], changes: dict) -> dict[str, str]:
     """What the check of some kernels says on the CPU, with attributes of their modules changed.
 
@@ -123,8 +132,5 @@ def self_checked(dtype: str, kernels: tuple[str, ...], changes: dict) -> dict[st
     def some(*arguments):
         return (case for case in cases(*arguments) if not kernels or case.kernel in kernels)
 
-    with contextlib.ExitStack() as stack:
-        for place, value in {**changes, "self_check.cases": some}.items():
-            where, name = place.rsplit(".", 1)
-            stack.enter_context(patch.object(find(where), name, value))
-        return self_check.self_check(torch.device("cpu"), getattr(torch, dtype))
+    arguments = (torch.device("cpu"), getattr(torch, dtype))
+    return where({**changes, "self_check.cases": some}, "self_check.self_check", arguments, {})

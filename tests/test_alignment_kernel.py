@@ -129,16 +129,15 @@ def test_layers_of_two_dtypes_are_refused():
         alignment([raw[0], raw[1].half()], weight, bias, targets)
 
 
-@pytest.mark.parametrize(
-    ("width", "dtype", "target"),
-    [
-        (1408, "bf16", "bf16"),
-        (1408, "bf16", "fp16"),
-        (1408, "fp32", "fp32"),
-        (3200, "fp16", "fp16"),
-    ],
-)
-@pytest.mark.parametrize("capability", CAPABILITIES)
+BUILDS = [
+    (capability, *kind)
+    for capability in CAPABILITIES
+    for kind in ((1408, "bf16", "bf16"), (3200, "fp16", "fp16"))
+]
+BUILDS += [(90, 1408, "bf16", "fp16"), (90, 1408, "fp32", "fp32")]
+
+
+@pytest.mark.parametrize(("capability", "width", "dtype", "target"), BUILDS)
 def test_the_kernel_compiles_for_gpus(capability, width, dtype, target, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     block = 1 << (width - 1).bit_length()

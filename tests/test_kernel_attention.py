@@ -21,7 +21,7 @@ NAMES = ("out", "qkv", "q_gain", "k_gain")  # the output, then the gradients
 LENGTHS = {  # one key less and one more than a tile; a tile and a bit; nothing at all
     "ragged": [1, 17, 0, 67],
     "tile": [64, 63, 65],
-    "long": [1030],
+    "long": [150],  # as long as makes it so in the process that interprets
     "nothing": [0, 0],
     "even": [67, 67],
     "whole tiles": [64, 64],
@@ -118,7 +118,8 @@ def interpreted(tmp_path_factory):
     for sequences, heads, d, dtype in cases:
         tensors = inputs(LENGTHS[sequences], heads, d, dtype=dtype)
         calls[sequences, heads, d, dtype] = call_of(tensors, sequences, heads)
-    calls["long"] = call_of(inputs(LENGTHS["long"], 1, 64), "long", 1)
+    long = call_of(inputs(LENGTHS["long"], 1, 64), "long", 1)
+    calls["long"] = ("applied.where", ({"attention.LONG": 100}, *long), {})
     for kind in EXTREME:
         calls[kind] = call_of(inputs(LENGTHS["ragged"], 2, 64, kind=kind), "ragged", 2)
     stock = ("attention.stock_attention", *stock_arguments())
@@ -245,11 +246,11 @@ def compiled(kernel, capability, constants, **options):
     )
 
 
-EVEN_OR_NOT = [(capability, True) for capability in CAPABILITIES] + [(90, False)]
+BUILDS = [(row, capability, True) for row in CONFIGS for capability in CAPABILITIES]
+BUILDS += [(row, 90, False) for row in CONFIGS if row[2] == "short"]
 
 
-@pytest.mark.parametrize("row", CONFIGS, ids=lambda row: "-".join(map(str, row)))
-@pytest.mark.parametrize(("capability", "is_even"), EVEN_OR_NOT)
+@pytest.mark.parametrize(("row", "capability", "is_even"), BUILDS)
 def test_the_kernels_compile_for_gpus(capability, row, is_even, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel, block, _ = row

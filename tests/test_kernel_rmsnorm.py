@@ -17,7 +17,8 @@ TYPES = {
     "half": ("float16", "float16", "float16"),
     "autocast": ("float32", "float16", "float32"),
 }
-CASES = [(shape, form, "float32") for shape in SHAPES for form in FORMS]
+WIDE = ((2, 3, 1408), (2, 2, 3200))
+CASES = [(x, form, "float32") for x in SHAPES for form in FORMS if x not in WIDE or form == "all"]
 CASES += [((3, 67, 64), form, types) for form in FORMS for types in ("half", "autocast")]
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -154,9 +155,12 @@ POINTERS = {
 }
 
 
-@pytest.mark.parametrize("residual", ["bf16", "fp32"])
+# The stream is float32 wherever this project trains.
+BUILDS = [(capability, "fp32") for capability in CAPABILITIES] + [(90, "bf16")]
+
+
 @pytest.mark.parametrize("size", ["S14", "6B"])
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(("capability", "residual"), BUILDS)
 def test_the_kernels_compile_for_gpus(capability, size, residual, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     x = torch.empty(1, SIZES[size].width)
