@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -96,3 +98,16 @@ def test_without_its_downloads_the_recipe_says_what_it_needs(here):
     student, teacher = result.stderr.splitlines()
     assert "hf download OpenGVLab/InternVideo2_distillation_models" in student
     assert "which is gated: accept its terms on that page, then hf download" in teacher
+
+
+def test_code_of_the_page_on_using_a_model_runs(here):
+    page = (Path(__file__).parent.parent / "docs/export.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    Path("runs/own").mkdir(exist_ok=True)
+    Path("runs/own/finetuned").symlink_to("../own_cpu/finetuned")
+    Path("holiday.mp4").symlink_to(sorted(Path("videos/dark").iterdir())[0])
+    for block in blocks:
+        Path("code.py").write_text(block)
+        found = runpy.run_path("code.py")
+    assert found["model"].predict("holiday.mp4")[0].name == "dark"
+    assert found["model"].features("holiday.mp4").shape == (96,)
