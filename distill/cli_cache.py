@@ -51,6 +51,7 @@ def inspect_cache(
     every rule that made its records.
 
         distill cache inspect caches/kmash-1B-stage2 --sheet sheet.png
+        distill cache inspect caches/kmash-1B-stage2 --html cache.html
     """
     with clean_exit():
         configure_log()

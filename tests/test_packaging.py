@@ -82,6 +82,34 @@ def test_every_package_folder_is_installed_under_distill():
     assert all(name == "distill" or name.startswith("distill.") for name in packages)
 
 
+def test_every_file_beside_the_code_is_installed():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    patterns = {
+        name: value.split() for name, value in setup["options.package_data"].items() if value
+    }
+    found = []
+    for package in setup["options"]["packages"].split():
+        parts = package.split(".")
+        outer = parts[1] if len(parts) == 2 and parts[1] in (*LAYERS, "recipes") else None
+        folder = ROOT / (outer or "/".join(parts))
+        inner = {
+            ROOT / "/".join(other.split(".")) for other in setup["options"]["packages"].split()
+        }
+        for path in folder.rglob("*"):
+            is_inner = any(
+                one != folder and one in path.parents for one in inner if folder in one.parents
+            )
+            if path.is_file() and path.suffix not in (".py", ".pyc") and not is_inner:
+                found.append(path)
+                own = path.relative_to(folder)
+                assert any(
+                    own.match(one) and len(own.parts) == len(Path(one).parts)
+                    for one in patterns.get(package, ())
+                ), path
+    assert len(found) > 100
+
+
 def readme_commands() -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     return [line for block in blocks for line in block.splitlines() if line.strip()]

@@ -233,6 +233,13 @@ def test_pieces_may_be_missing(study, tmp_path):
     assert page == begun / "report.html"
     assert "not finished: at step 2" in page.read_text()
 
+    scored = tmp_path / "scored"  # as `distill evaluate --folder` leaves it
+    scored.mkdir()
+    for name in ("evaluation.json", "scores.safetensors"):
+        shutil.copy(study / "finetuned" / name, scored)
+    text = write_report([scored]).read_text()
+    assert "Most confident mistakes" in text and "its video is not in a list" in text
+
     damaged = tmp_path / "damaged"
     shutil.copytree(study / "finetuned", damaged)
     (damaged / "summary.json").write_text("{")

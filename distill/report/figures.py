@@ -13,6 +13,20 @@ import numpy as np
 MOST_POINTS = 1500  # of a curve
 MOST_CLASSES = 60  # with a bar each
 MOST_CONFUSED = 200  # classes of a map that can still be read
+# Checks between epochs: title and unit of a figure, and what its curves are called.
+GROUPS = {
+    "val, %": ("Accuracy on val", "%"),
+    "monitor, %": ("The student's features on val", "top-1, %"),
+    "monitor, exact_loss": ("Loss against the teacher itself", "loss on val"),
+}
+LABELS = {
+    "val/top1": "top-1",
+    "val/top5": "top-5",
+    "val/ema_top1": "top-1, averaged weights",
+    "val/ema_top5": "top-5, averaged weights",
+    "monitor/knn_top1": "nearest neighbours",
+    "monitor/linear_top1": "linear probe",
+}
 
 Figure = dict[str, Any]
 Lines = Sequence[dict[str, float]]
@@ -127,10 +141,11 @@ def training_figures(lines: Lines) -> list[Figure]:
     for group in dict.fromkeys(_group(name) for name in names):
         own = [name for name in names if _group(name) == group]
         traces = [
-            curve(checks, name, label=name.partition("/")[2], slot=slot)
+            curve(checks, name, label=LABELS.get(name, name.partition("/")[2]), slot=slot)
             for slot, name in enumerate(own)
         ]
-        found.append(figure(f"After epochs: {group}", traces, y=group))
+        title, unit = GROUPS.get(group, (f"After epochs: {group}", ""))
+        found.append(figure(title, traces, y=unit))
     if has(steps, "top1"):
         found.append(figure("Top-1 on the training batches", [curve(steps, "top1")], y="%"))
     for name, title, unit in (
@@ -138,6 +153,8 @@ def training_figures(lines: Lines) -> list[Figure]:
         ("grad_norm", "Gradient norm", "before clipping"),
         ("clips_per_second", "Throughput", "clips / s"),
         ("mfu", "Model FLOPs utilisation", "share of the peak"),
+        ("gpu_peak_gb", "GPU memory at most", "GB"),
+        ("hit_rate", "Read from the cache", "share of the clips"),
     ):
         if has(steps, name):
             found.append(figure(title, [curve(steps, name)], y=unit, showlegend=False))
@@ -151,8 +168,7 @@ def training_figures(lines: Lines) -> list[Figure]:
 def _group(name: str) -> str:
     """Values of a check that share a unit share a figure."""
     before, _, last = name.partition("/")
-    is_percent = "top" in last or "accuracy" in last or "knn" in last or "probe" in last
-    return f"{before}, %" if is_percent else f"{before}, {last}"
+    return f"{before}, %" if "top" in last else f"{before}, {last}"
 
 
 def cosine_figures(lines: Lines, watched: dict[str, Any]) -> list[Figure]:
@@ -328,6 +344,7 @@ def comparison_figures(runs: Sequence[tuple[str, Lines]]) -> list[Figure]:
     for name, title, unit in (
         ("loss", "Loss", "loss"),
         ("val/top1", "Top-1 on val", "%"),
+        ("monitor/knn_top1", "Nearest neighbours on val", "top-1, %"),
         ("lr", "Learning rate", "lr"),
         ("grad_norm", "Gradient norm", "before clipping"),
         ("clips_per_second", "Throughput", "clips / s"),

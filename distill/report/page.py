@@ -18,14 +18,28 @@ from distill.report.gather import RunFiles, find_runs, read_run
 from distill.report.run_page import RunPart, count_text, duration, make_run, percent
 
 PAGE_FILE = "report.html"
+COLUMNS = {  # of the table of several runs
+    "top1": "top-1",
+    "interval": "95 % interval",
+    "top5": "top-5",
+    "loss": "last loss",
+    "parameters": "parameters",
+    "steps": "steps",
+    "time": "training",
+    "rate": "clips / s",
+}
 NOT_COMPARED = ("run.folder", "name")  # settings that always differ
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several runs side by side; `settings` are those that differ, with a value for each run."""
+    """Several runs side by side; `settings` are those that differ, with a value for each run.
+
+    `columns` are keys of the rows, with a heading, of which any row has something.
+    """
 
     rows: list[dict[str, str]]
+    columns: list[tuple[str, str]]
     figures: list[Figure]
     settings: list[tuple[str, list[str]]]
 
@@ -88,6 +102,7 @@ def compare_runs(runs: Sequence[RunFiles], parts: Sequence[RunPart]) -> Comparis
         )
     return Comparison(
         rows,
+        [(key, text) for key, text in COLUMNS.items() if any(row[key] for row in rows)],
         comparison_figures([(run.name, run.lines) for run in runs]),
         differing_settings(runs),
     )

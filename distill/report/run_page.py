@@ -161,6 +161,10 @@ def _tiles(run: RunFiles) -> list[tuple[str, str, str]]:
                     f"worst twentieth below {min(values['_p05']):.2f}",
                 )
             )
+    checks = [line for line in run.lines if "monitor/knn_top1" in line]
+    if checks:
+        text = f"nearest neighbours on val, epoch {int(checks[-1]['epoch']) + 1}"
+        tiles.append((percent(checks[-1]["monitor/knn_top1"]), text, ""))
     if run.summary.get("parameters"):
         tiles.append((count_text(run.summary["parameters"]), "parameters", ""))
     if run.summary.get("train_seconds"):
