@@ -1,7 +1,8 @@
 """What is minimised: modules around a model that turn a batch into named losses.
 
-Both return a dict of float32 scalars of which `loss` is the one to descend. Drop path is drawn
-from the clips' ids, so that neither the order of a batch nor its neighbours change a result.
+Both return a dict of float32 scalars of which `loss` is the one to descend. Drop path and dropout
+are drawn from the clips' ids, so that neither the order of a batch nor its neighbours, nor which
+process has them, nor what was drawn before change a result.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from distill.kernels.coded_targets import CodedTargets
 from distill.kernels.linear_alignment import linear_alignment
 from distill.probe import ProbeSweep, settings_of
 from distill.recipe import Classify, Distill, of_teacher
-from distill.students.classifier import MERGES, VideoClassifier
+from distill.students.classifier import MERGES, VideoClassifier, keep_factors
 from distill.students.heads import Decoder
 from distill.students.student import DistillStudent
 from distill.students.vit import VideoViT
@@ -65,6 +66,17 @@ def draw_head_keep(
         return None
     uniform = draw.uniform(clip_ids, "head-drop-path", seed, epoch, count=1)
     return model.head_keep(uniform[:, 0])
+
+
+def draw_fc_keep(
+    model: VideoClassifier, clip_ids: Tensor, *, seed: int, epoch: int
+) -> Tensor | None:
+    """Dropout factors [B,F] of what the head of a classifier in training takes."""
+    if not model.training or model.fc_drop == 0:
+        return None
+    width = model.head.in_features
+    uniform = draw.uniform(clip_ids, "fc-drop", seed, epoch, count=width)
+    return keep_factors(uniform, model.fc_drop)
 
 
 class DistillObjective(nn.Module):
@@ -152,13 +164,17 @@ def _named(layers: Tensor, prefix: str = "") -> dict[str, Tensor]:
 
 @torch.no_grad()
 def frozen_features(
-    model: VideoClassifier, clip: Tensor, *, trainable: Literal["pool", "head"]
+    model: VideoClassifier,
+    clip: Tensor,
+    *,
+    trainable: Literal["pool", "head"],
+    keep: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """What a probe is trained on: the last block's tokens, or only what the layers above take.
 
-    Nothing of the frozen part is kept for a backward.
+    Nothing of the frozen part is kept for a backward. `keep` are the drop-path factors.
     """
-    features = model.hidden(clip)
+    features = model.hidden(clip, keep=keep)
     return features if trainable == "pool" else model.summary(features["hidden"])
 
 
@@ -197,15 +213,22 @@ class ClassifyObjective(nn.Module):
         if "repeat" in batch:
             ids = draw.view_ids(ids, batch["repeat"])
         head_keep = draw_head_keep(self.model, ids, seed=self.seed, epoch=epoch)
+        fc_keep = draw_fc_keep(self.model, ids, seed=self.seed, epoch=epoch)
+        keep = draw_keep(self.model, ids, seed=self.seed, epoch=epoch)
         if self.trainable == "all":
-            keep = draw_keep(self.model, ids, seed=self.seed, epoch=epoch)
-            logits = self.model(batch["pixels"], keep=keep, head_keep=head_keep)  # [B,V]
+            logits = self.model(
+                batch["pixels"], keep=keep, head_keep=head_keep, fc_keep=fc_keep
+            )  # [B,V]
         else:
             features = batch.get("features")
             if features is None:
-                features = frozen_features(self.model, batch["pixels"], trainable=self.trainable)
+                features = frozen_features(
+                    self.model, batch["pixels"], trainable=self.trainable, keep=keep
+                )
             probe = self.sweep or self.model
-            logits = probe(features=features, head_keep=head_keep)  # [B,V], of a sweep [B,S*V]
+            logits = probe(
+                features=features, head_keep=head_keep, fc_keep=fc_keep
+            )  # [B,V], of a sweep [B,S*V]
         label, target = batch["label"], batch.get("target")
         if target is not None:
             label = target.argmax(dim=1)

@@ -66,19 +66,16 @@ class ProbeSweep(nn.Module):
         *,
         features: dict[str, Tensor] | None = None,
         head_keep: Tensor | None = None,
+        fc_keep: Tensor | None = None,
     ) -> Tensor:
         """Logits [B,S*V] of all settings, one behind the other, of clips or their `features`."""
         if features is None:
             features = self.model.hidden(clip)
-        inputs = {"features": features, "head_keep": head_keep}
-        some = next(iter(features.values()))
-        devices = [some.device] if some.is_cuda else []
+        inputs = {"features": features, "head_keep": head_keep, "fc_keep": fc_keep}
         logits = []
-        for number, part in enumerate(self.parts, 1):
-            # All but the last leave the generators as they were, so that dropout is the same.
-            with torch.random.fork_rng(devices, enabled=number < len(self.parts)):
-                own = dict(part.named_parameters()) | dict(part.named_buffers())
-                logits.append(functional_call(self.model, own, kwargs=inputs))
+        for part in self.parts:
+            own = dict(part.named_parameters()) | dict(part.named_buffers())
+            logits.append(functional_call(self.model, own, kwargs=inputs))
         return torch.cat(logits, dim=1)
 
     def split(self, logits: Tensor) -> tuple[Tensor, ...]:

@@ -30,6 +30,20 @@ MERGES = {
 }
 
 
+def keep_factors(uniform: Tensor, rate: float) -> Tensor:
+    """Turn uniform draws in [0,1) into factors: 0 at the rate, 1/(1-rate) otherwise."""
+    return (uniform >= rate).float() / max(1 - rate, 1e-9)
+
+
+def drop(x: Tensor, model: nn.Module, keep: Tensor | None) -> Tensor:
+    """What the head of a classifier in training takes: [B,F] scaled by `keep`, drawn if None."""
+    if not model.training or model.fc_drop == 0:
+        return x
+    if keep is None:
+        keep = keep_factors(torch.rand(x.shape, device=x.device), model.fc_drop)
+    return x * keep.to(x.dtype)
+
+
 class VideoClassifier(VideoViT):
     """Pooled tokens -> LayerNorm -> dropout -> linear head, with a probe in between if asked."""
 
@@ -80,7 +94,7 @@ class VideoClassifier(VideoViT):
                 else nn.Identity()
             )
             features = merged * (1 + (self.grid[0] if per_frame else 1)) + pooled * with_pooled
-        self.fc_dropout = nn.Dropout(fc_drop)
+        self.fc_drop = fc_drop
         self.head = nn.Linear(features, num_classes)
         self.init_weights()
         self.head.weight.data.mul_(HEAD_INIT_SCALE)
@@ -94,12 +108,14 @@ class VideoClassifier(VideoViT):
         *,
         keep: Tensor | None = None,
         head_keep: Tensor | None = None,
+        fc_keep: Tensor | None = None,
         features: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """Logits [B,V] of clips [B,3,T,H,W], uint8 or normalised floating point.
 
         `features` are what `hidden` or `summary` have made of the clips already. `head_keep` [B]
-        scales each clip's pooled vector (drawn here when training without).
+        scales each clip's pooled vector, and `fc_keep` [B,F] what the head takes (both are drawn
+        here when training without).
         """
         if features is None:
             features = self.hidden(clip, keep=keep)
@@ -110,11 +126,11 @@ class VideoClassifier(VideoViT):
             if head_keep is None:
                 head_keep = self.head_keep(torch.rand(len(pooled), device=pooled.device))
             features = {**features, "pooled": pooled * head_keep[:, None].to(pooled.dtype)}
-        return self.head(self.fc_dropout(self._head_input(features)))
+        return self.head(drop(self._head_input(features), self, fc_keep))
 
     def head_keep(self, uniform: Tensor) -> Tensor:
         """Turn uniform draws [B] in [0,1) into factors of the pooled vector: 0, or 1/(1-rate)."""
-        return (uniform >= self.head_drop_path).float() / (1 - self.head_drop_path)
+        return keep_factors(uniform, self.head_drop_path)
 
     def hidden(self, clip: Tensor, *, keep: Tensor | None = None) -> dict[str, Tensor]:
         """What the blocks make of clips: hidden [B,1+N,D]."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from distill.students.classifier import HEAD_INIT_SCALE
+from distill.students.classifier import HEAD_INIT_SCALE, drop
 from distill.students.heads import Decoder
 from distill.students.student import DecoderInputs, ProjectorSet
 from distill.students.vit import return_layers, take_rows
@@ -209,7 +209,7 @@ class TimmClassifier(TimmBackbone):
     ) -> None:
         super().__init__(name, frames=frames, image_size=image_size)
         self.fc_norm = nn.LayerNorm(self.pooled_width, eps=1e-5)
-        self.fc_dropout = nn.Dropout(fc_drop)
+        self.fc_drop = fc_drop
         self.head = nn.Linear(self.pooled_width, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02 * HEAD_INIT_SCALE)
         nn.init.zeros_(self.head.bias)
@@ -227,15 +227,16 @@ class TimmClassifier(TimmBackbone):
         *,
         keep: None = None,
         head_keep: None = None,
+        fc_keep: Tensor | None = None,
         features: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """Logits [B,V] of clips [B,3,T,H,W], or of `features` as `VideoClassifier`'s."""
         if features is None:
             features = self.hidden(clip)
         pooled = features["hidden"] if "hidden" in features else features["pooled"]
-        return self.head(self.fc_dropout(self.fc_norm(pooled)))
+        return self.head(drop(self.fc_norm(pooled), self, fc_keep))
 
-    def hidden(self, clip: Tensor) -> dict[str, Tensor]:
+    def hidden(self, clip: Tensor, *, keep: None = None) -> dict[str, Tensor]:
         """What is frozen in a probe: the pooled vector [B,P], which is all that is left of it."""
         return {"hidden": self.show(clip)[1]}
 

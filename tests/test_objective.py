@@ -9,7 +9,13 @@ from torch.testing import assert_close
 from distill import draw
 from distill import objective as objective_module
 from distill.cache.codes import Codec
-from distill.objective import ClassifyObjective, DistillObjective, draw_head_keep, draw_keep
+from distill.objective import (
+    ClassifyObjective,
+    DistillObjective,
+    draw_fc_keep,
+    draw_head_keep,
+    draw_keep,
+)
 from distill.recipe import Classify, Distill
 from distill.students import create_classifier, create_student
 from distill.students.student import ProjectorSet
@@ -427,3 +433,16 @@ def test_soft_targets_are_smoothed_and_scored_by_their_largest():
     assert_close(losses["loss"].detach().double(), expected, rtol=1e-5, atol=1e-6)
     hits = (log_shares.argmax(1) == torch.tensor([2, 4, 0])).float().mean()
     assert_close(losses["top1"], 100 * hits)
+
+
+def test_dropout_before_the_head_depends_on_clip_and_epoch_alone():
+    model = create_classifier(TINY, num_classes=3, frames=2, image_size=28, fc_drop=0.25).train()
+    ids = torch.arange(500, 900)
+    keep = draw_fc_keep(model, ids, seed=1, epoch=2)
+    torch.manual_seed(9)
+    assert_close(draw_fc_keep(model, ids[:7], seed=1, epoch=2), keep[:7], rtol=0, atol=0)
+    assert keep.shape == (400, model.head.in_features)
+    assert_close(keep.unique(), torch.tensor([0.0, 4 / 3]))
+    assert float((keep == 0).float().mean()) == pytest.approx(0.25, abs=0.02)
+    assert float((draw_fc_keep(model, ids, seed=1, epoch=3) == keep).float().mean()) < 0.7
+    assert draw_fc_keep(model.eval(), ids, seed=1, epoch=2) is None
