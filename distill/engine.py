@@ -1,12 +1,12 @@
 """Optimiser steps in plain torch, on one device or on one for each process that has joined.
 
-The training loop knows only this interface.
+The training loop knows only this interface. `distill.engines` says what else has it.
 """
 
 import copy
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -101,12 +101,26 @@ def average_weights(average: nn.Module, model: nn.Module, *, decay: float) -> No
 
     Unlike torch's `AveragedModel`, it does not make the host wait for the device.
     """
-    pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
+    average_tensors(average.state_dict().values(), model.state_dict().values(), decay=decay)
+
+
+@torch.no_grad()
+def average_tensors(average: Iterable[Tensor], values: Iterable[Tensor], *, decay: float) -> None:
+    """As `average_weights`, of tensors in the same order."""
+    pairs = list(zip(average, values, strict=True))
     real = [pair for pair in pairs if pair[0].is_floating_point()]
     get_ema_multi_avg_fn(decay)(*map(list, zip(*real, strict=True)), None)
     for ours, theirs in pairs:
         if not ours.is_floating_point():
             ours.copy_(theirs)
+
+
+def share_buffers(model: nn.Module) -> nn.Module:
+    """Give a model in every process the first one's running statistics; the model."""
+    if joined_part().count > 1:
+        for buffer in model.buffers():
+            distributed.broadcast(buffer, src=0)
+    return model
 
 
 class Engine:
@@ -115,10 +129,17 @@ class Engine:
     Where processes have joined, each has its share of a batch and ends a step with the same
     weights as the others, which one process with the whole batch would have within rounding.
     `model` is the part of the objective whose weights are trained and saved, and `prepare` turns
-    a batch as it was read into one that the objective takes. With `optim.ema`, `ema_model` has the
-    average of the weights that every step leaves; it begins with those of the start. `groups` are
+    a batch as it was read into one that the objective takes. With `optim.ema` there is an average
+    of the weights that every step leaves; it begins with those of the start. `groups` are
     the optimiser's where they are not those of `param_groups`.
+
+    What it gives for a checkpoint and takes from one are whole tensors by the model's names, the
+    same for every engine, so that a run may go on with another. All processes ask for it
+    together; where none has a whole model, it is the first one that is given them.
     """
+
+    forwards_together = False  # whether a forward waits for those of the other processes
+    adamw_class = torch.optim.AdamW
 
     def __init__(
         self,
@@ -130,37 +151,48 @@ class Engine:
         device: torch.device,
         groups: list[dict] | None = None,
     ) -> None:
-        self.objective, self.model = objective.to(device), model
+        self.objective, self.model = objective, model
+        self.plain = objective  # as it is without an engine around it
         self.prepare, self.optim, self.device = prepare, optim, device
         self.num_ranks = joined_part().count
-        if self.num_ranks > 1:
-            self.objective = DistributedDataParallel(
-                objective, device_ids=None if device.index is None else [device.index]
-            )
-            if device.type == "cpu":
-                self.objective.register_comm_hook(None, average_in_order)
-        groups = param_groups(model, optim) if groups is None else groups
-        self.names = {
-            name: parameter
-            for group in groups
-            for name, parameter in zip(group["names"], group["params"], strict=True)
-        }
-        # Only the fused form can leave a step out by a flag that lies on the device.
-        self.adamw = torch.optim.AdamW(
-            groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True
-        )
         self.scaler = torch.amp.GradScaler(
             device.type,
             enabled=optim.precision == "fp16",
             init_scale=LOSS_SCALE_START,
             growth_interval=LOSS_SCALE_WINDOW,
         )
-        self.ema_model: nn.Module | None = None
-        if optim.ema is not None:
-            self.ema_model = copy.deepcopy(model).requires_grad_(False).eval()
         # A factor of the loss: NaN from the first non-finite step on, so that no later one trains.
         self.poison = torch.ones((), device=device)
         self.unchecked: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        self._build(groups)
+
+    def _build(self, groups: list[dict] | None) -> None:
+        """Place the model and make its optimiser and average."""
+        self.objective = self.objective.to(self.device)
+        self.ema_model: nn.Module | None = None
+        if self.optim.ema is not None:
+            self.ema_model = copy.deepcopy(self.model).requires_grad_(False).eval()
+        if self.num_ranks > 1:
+            self.objective = DistributedDataParallel(
+                self.objective,
+                device_ids=None if self.device.index is None else [self.device.index],
+            )
+            if self.device.type == "cpu":
+                self.objective.register_comm_hook(None, average_in_order)
+        self._make_optimizer(groups)
+
+    def _make_optimizer(self, groups: list[dict] | None) -> None:
+        optim = self.optim
+        groups = param_groups(self.model, optim) if groups is None else groups
+        self.names = {
+            name: parameter
+            for group in groups
+            for name, parameter in zip(group["names"], group["params"], strict=True)
+        }
+        # Only the fused form can leave a step out by a flag that lies on the device.
+        self.adamw = self.adamw_class(
+            groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True
+        )
 
     def step(self, batch: dict, *, step: int, lr: float | Sequence[float]) -> dict[str, Tensor]:
         """Accumulate over micro-batches, clip, update; returns means over all the batch's clips.
@@ -175,45 +207,67 @@ class Engine:
         set_lr(self.adamw.param_groups, lr)
         losses: dict[str, Tensor] = {}
         num_clips = batch.get("num_clips", len(batch["clip_id"]))  # of all processes
-        pieces = split_batch(batch, self.optim.micro_batch)
+        pieces = self._pieces(batch)
         for number, piece in enumerate(pieces, 1):
             # A process that no clip was left for goes along with one that counts for nothing.
-            weight = 0.0 if batch.get("is_spare") else len(piece["clip_id"]) / num_clips
+            weight = 0.0 if piece.get("is_spare") else len(piece["clip_id"]) / num_clips
             inputs = self.prepare(to_device(piece, self.device))
-            with self._in_step(is_last=number == len(pieces)):
+            with self._in_piece(is_last=number == len(pieces)):
                 with autocast(self.device, self.optim.precision):
                     outputs = self.objective(inputs)
                 # Gradients are averaged over the processes, but their clips add up.
-                loss = outputs["loss"] * (weight * self.num_ranks) * self.poison
-                self.scaler.scale(loss).backward()
+                self._backward(outputs["loss"] * (weight * self.num_ranks) * self.poison)
             for name, value in outputs.items():
                 losses[name] = losses.get(name, 0.0) + value.detach().float() * weight
         if self.num_ranks > 1:
             losses = _add_up(losses)
-
-        self.scaler.unscale_(self.adamw)
-        grads = [parameter.grad for parameter in self.names.values() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(grads)
-        if self.optim.clip_grad is not None:
-            nn.utils.clip_grads_with_norm_(self.names.values(), self.optim.clip_grad, norm)
-
-        is_sound = losses["loss"].isfinite()
-        if not self.scaler.is_enabled():  # which leaves out steps whose gradients overflowed
-            is_sound = is_sound & norm.isfinite()
-        self.poison = torch.where(is_sound, self.poison, torch.nan)
+        norm = self._finish_step(losses["loss"])
         self.unchecked.append((step, batch["clip_id"], losses["loss"], norm))
-        self._update()
         losses["grad_norm"] = norm
         if self.device.type == "cpu":
             self.check()
         return losses
 
+    def _pieces(self, batch: dict) -> list[dict]:
+        """A batch's micro-batches; where forwards wait for each other, as many in each process."""
+        size = self.optim.micro_batch
+        pieces = split_batch(batch, size)
+        if self.forwards_together and size:
+            most = -(-batch.get("most_clips", len(batch["clip_id"])) // size)
+            pieces += [{**pieces[-1], "is_spare": True}] * (most - len(pieces))
+        return pieces
+
     @contextmanager
-    def _in_step(self, *, is_last: bool) -> Iterator[None]:
+    def _in_piece(self, *, is_last: bool) -> Iterator[None]:
         """Gradients are exchanged in the last backward of a step alone."""
         is_silent = self.num_ranks > 1 and not is_last
         with self.objective.no_sync() if is_silent else nullcontext():
             yield
+
+    def _backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def _finish_step(self, loss: Tensor) -> Tensor:
+        """Clip and update with the gradients of a whole step, of the mean `loss`; their norm."""
+        self.scaler.unscale_(self.adamw)
+        norm = self._grad_norm()
+        if self.optim.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(self.names.values(), self.optim.clip_grad, norm)
+        self._judge(loss, norm)
+        self._update()
+        return norm
+
+    def _grad_norm(self) -> Tensor:
+        """The norm of the whole gradient."""
+        grads = [parameter.grad for parameter in self.names.values() if parameter.grad is not None]
+        return nn.utils.get_total_norm(grads)
+
+    def _judge(self, loss: Tensor, norm: Tensor) -> None:
+        """Let no step train from the first on whose loss or gradient is not finite."""
+        is_sound = loss.isfinite()
+        if not self.scaler.is_enabled():  # which leaves out steps whose gradients overflowed
+            is_sound = is_sound & norm.isfinite()
+        self.poison = torch.where(is_sound, self.poison, torch.nan)
 
     def _update(self) -> None:
         if self.scaler.is_enabled():
@@ -223,6 +277,9 @@ class Engine:
             self.adamw.found_inf = self.poison.isnan().float()
             self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
+        self._average()
+
+    def _average(self) -> None:
         if self.ema_model is not None:
             average_weights(self.ema_model, self.model, decay=self.optim.ema)
 
@@ -240,6 +297,21 @@ class Engine:
             if not (loss.isfinite() and (norm.isfinite() or self.scaler.is_enabled())):
                 clips = everyones(clip_ids.tolist())
                 raise NonFiniteError(step, clips, loss=loss.item(), norm=norm.item())
+
+    def trained(self) -> nn.Module:
+        """The model with all its weights, to evaluate."""
+        return share_buffers(self.model)
+
+    def trained_objective(self) -> nn.Module:
+        """The objective around a model with all its weights, for a loss that nobody trains on."""
+        return share_buffers(self.plain)
+
+    def averaged(self) -> nn.Module:
+        """The model with the averaged weights, of a recipe that asks for them."""
+        return share_buffers(self.ema_model)
+
+    def close(self) -> None:
+        """Let go of what it has opened."""
 
     def weights(self) -> dict[str, Tensor]:
         """The model's parameters and buffers by name."""
@@ -268,17 +340,27 @@ class Engine:
         scaler: Mapping[str, float],
         ema: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Take back what `weights`, `optimizer_state`, `scaler_state` and `ema_weights` gave."""
+        """Take back what `weights`, `optimizer_state`, `scaler_state` and `ema_weights` gave.
+
+        Every process has all of it.
+        """
         self.model.load_state_dict(weights)
         if self.ema_model is not None:
             self.ema_model.load_state_dict(ema)
+        self._load_moments(optimizer)
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(dict(scaler))
+
+    def _load_moments(self, optimizer: Mapping[str, Tensor]) -> None:
         self.adamw.state.clear()
         for key, value in optimizer.items():
             name, field = key.rsplit("/", 1)
             # AdamW keeps its step counts in float32 and, when fused, beside the parameter.
-            self.adamw.state[self.names[name]][field] = value.to(self.device)
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(dict(scaler))
+            self.adamw.state[self.names[name]][field] = self._placed(value, self.names[name])
+
+    def _placed(self, value: Tensor, parameter: nn.Parameter) -> Tensor:
+        """A whole tensor of AdamW's state where that of the parameter lies."""
+        return value.to(self.device)
 
 
 def average_in_order(_: object, bucket: GradBucket) -> Future[Tensor]:

@@ -1,6 +1,7 @@
 """What a run leaves when its last step is done: weights, an evaluation, a summary."""
 
 import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,14 +53,15 @@ def finish(
     folder: Path,
     at: Position,
     *,
-    ema_model: torch.nn.Module | None,
+    models: Mapping[str, Callable[[], torch.nn.Module]],
     device: torch.device,
     stop: StopRequest,
 ) -> dict:
     """Write the final weights, evaluate a classifier with all its views, write the summary.
 
-    Of a sweep they are those of the setting, and of the epoch, that did best on `val`. Averaged
-    weights are written and evaluated too, with the results in the folder `ema`.
+    Of a sweep they are those of the setting, and of the epoch, that did best on `val`. `models`
+    gives the model and, where there are averaged weights, as `ema` that with them; its results
+    are in the folder of that name. They are asked for one by one, as each may be a copy.
     """
     sweep = None
     if job.sweep:
@@ -67,17 +69,21 @@ def finish(
         best = load_checkpoint(step_folder(folder / "checkpoints", int(at.best["step"])))
         job.sweep.take(best.weights, int(at.best["setting"]))
         sweep = sweep_summary(job.sweep.settings, at.sweep, int(at.best["setting"]))
-    models = {"": (job.model, folder / WEIGHTS_FILE, folder)}
-    if ema_model is not None:
-        models["ema"] = ema_model, folder / EMA_FILE, folder / "ema"
     is_first = joined_part().index == 0
-    for model, path, _ in models.values():
+    files = {"": folder / WEIGHTS_FILE, "ema": folder / EMA_FILE}
+    num_parameters, evaluations = 0, {}
+    for name, get_model in models.items():
+        model = get_model().to(device)
         if is_first:
-            write_tensors(path, model.state_dict(), metadata=describe_model(recipe))
+            write_tensors(files[name], model.state_dict(), metadata=describe_model(recipe))
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        evaluations[name] = _evaluate(
+            recipe, job, model, folder=folder / name, weights=files[name], device=device, stop=stop
+        )
     summary = {
         "name": recipe.name,
         "objective": recipe.objective.kind,
-        "parameters": sum(parameter.numel() for parameter in job.model.parameters()),
+        "parameters": num_parameters,
         "epochs": recipe.optim.epochs,
         "steps": at.step,
         "train_seconds": at.seconds,
@@ -86,14 +92,14 @@ def finish(
         "monitor": at.monitor or None,
         "quarantined": job.quarantine.num_counted if job.quarantine else 0,
         "hit_rate": at.cached / at.read if at.read else None,
-        "evaluation": None,
+        "evaluation": evaluations[""],
         "weights": str(folder / WEIGHTS_FILE),
         "ema": None,
         "sweep": sweep,
         "device": str(device),
     }
-    if ema_model is not None:
-        summary["ema"] = {"evaluation": None, "weights": str(folder / EMA_FILE)}
+    if "ema" in models:
+        summary["ema"] = {"evaluation": evaluations["ema"], "weights": str(files["ema"])}
     if at.best:
         best = step_folder(folder / "checkpoints", int(at.best["step"]))
         file = folder / WEIGHTS_FILE if job.sweep else best / WEIGHTS_FILE
@@ -105,26 +111,38 @@ def finish(
             job.quarantine.num_counted,
             folder / "quarantine.jsonl",
         )
-    if isinstance(recipe.objective, schema.Classify) and has_evaluation(recipe):
-        section = recipe.evaluate
-        views = (section.split, section.clips, section.crops)
-        long = ("missing", "incomplete", "unreadable", "manifest")  # they are in evaluation.json
-        for name, (model, path, place) in models.items():
-            place.mkdir(exist_ok=True)
-            result = evaluate(
-                model.to(device),
-                recipe,
-                split=section.split,
-                num_clips=section.clips,
-                num_crops=section.crops,
-                device=device,
-                folder=place,
-                weights=path,
-                score=job.scorers.get(views, score_views),
-                on_batch=stop.check_alone,
-            )
-            about = summary[name] if name else summary
-            about["evaluation"] = {key: result[key] for key in result if key not in long}
     if is_first:
         write_json(folder / SUMMARY, summary)
     return summary
+
+
+def _evaluate(
+    recipe: schema.Recipe,
+    job: Job,
+    model: torch.nn.Module,
+    *,
+    folder: Path,
+    weights: Path,
+    device: torch.device,
+    stop: StopRequest,
+) -> dict | None:
+    """The short form of a classifier's result with all its views, the rest written to `folder`."""
+    if not isinstance(recipe.objective, schema.Classify) or not has_evaluation(recipe):
+        return None
+    section = recipe.evaluate
+    views = (section.split, section.clips, section.crops)
+    folder.mkdir(exist_ok=True)
+    result = evaluate(
+        model,
+        recipe,
+        split=section.split,
+        num_clips=section.clips,
+        num_crops=section.crops,
+        device=device,
+        folder=folder,
+        weights=weights,
+        score=job.scorers.get(views, score_views),
+        on_batch=stop.check_alone,
+    )
+    long = ("missing", "incomplete", "unreadable", "manifest")  # they are in evaluation.json
+    return {key: result[key] for key in result if key not in long}

@@ -368,6 +368,47 @@ class Optim(Section):
     )
 
 
+class PlainTorch(Section):
+    """Plain torch: a process alone; of several each has the whole model (DDP)."""
+
+    kind: Literal["ddp"] = "ddp"
+
+
+class FullySharded(Section):
+    """torch's FSDP2: each process keeps its shard of weights, gradients and AdamW's state."""
+
+    kind: Literal["fsdp"]
+    reshard: bool = Field(
+        True,
+        description="a block's weights are let go after its forward and fetched again for its "
+        "backward; false keeps them: less traffic, more memory",
+    )
+
+
+class DeepSpeed(Section):
+    """DeepSpeed's ZeRO: 1 shards AdamW's state, 2 gradients too, 3 the weights too.
+
+    What is not stated here, as fp16's loss scale, is upstream's.
+    """
+
+    kind: Literal["deepspeed"]
+    stage: Literal[0, 1, 2, 3] = 1
+    bucket: PositiveInt = Field(500_000_000, description="numbers in an exchange, of stages 0 to 2")
+    stage3_bucket: PositiveInt = Field(
+        50_000,
+        description="as many of stage 3, fetched ahead too; weights of fewer are never sharded",
+    )
+    offload_optimizer: bool = Field(
+        False, description="AdamW's state and step in the host's memory; of stages 1 to 3"
+    )
+    offload_weights: bool = Field(
+        False, description="shards of weights in the host's memory; of stage 3"
+    )
+
+
+Engine = Annotated[PlainTorch | FullySharded | DeepSpeed, Field(discriminator="kind")]
+
+
 class Evaluate(Section):
     """Scores of several views of each clip, averaged after the softmax."""
 
@@ -416,6 +457,7 @@ class Recipe(Section):
     model: Model
     objective: Annotated[Distill | Classify, Field(discriminator="kind")]
     optim: Optim
+    engine: Engine = PlainTorch()
     evaluate: Evaluate = Evaluate()
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ValidationError
 
 from distill.cache.store import open_folder
+from distill.engine_check import engine_errors
 from distill.probe_check import probe_errors
 from distill.recipe import (
     Checkpoint,
@@ -84,6 +85,8 @@ def check_students(
                 (keys, f"is {json.dumps(mine)} for {name}, but {json.dumps(theirs)} for {first}")
                 for keys, mine, theirs in _differing(_shared_settings(recipe), shared)
             ]
+        if recipe.engine.kind != "ddp":
+            found.append((("engine", "kind"), "must be 'ddp' for students of one recipe"))
         if largest_batch % recipe.optim.batch_size:
             message = f"{recipe.optim.batch_size} of {name} must divide the {largest_batch} of "
             found.append((("optim", "batch_size"), message + largest))
@@ -254,6 +257,7 @@ def _contradictions(recipe: Recipe, earlier: Collection[str] | None) -> Iterator
             size = resolve_size(vit_size(model.size))
         except ValueError as error:
             yield ("model", "size"), str(error)
+    yield from engine_errors(recipe)
     if isinstance(recipe.objective, Distill):
         yield from distill_errors(recipe, recipe.objective, student=size)
         yield from _classify_only(recipe)

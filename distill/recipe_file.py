@@ -40,7 +40,8 @@ HARMLESS = re.compile(
     r"name|run\.(folder|save_minutes|keep_checkpoints|damaged_checkpoint|log_steps|hang_minutes|"
     r"peak_tflops)|"
     r"data\.(workers|decode_timeout_seconds)|data\.(train|val|test)\.(prefix|num_clips)|.*\.source|"
-    r"objective\.(cache|features)\.(folder|shard_mb|shard_minutes)|objective\.monitor(\..*)?"
+    r"objective\.(cache|features)\.(folder|shard_mb|shard_minutes)|objective\.monitor(\..*)?|"
+    r"engine\..*"
 )
 
 

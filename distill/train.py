@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -33,13 +33,13 @@ from distill.data.load import ClipBatches
 from distill.describe import describe_model
 from distill.dist import exchange, joined_part, wait_for_all
 from distill.engine import (
-    Engine,
     NonFiniteError,
     pick_device,
     reproducible,
     seed_generators,
     split_batch,
 )
+from distill.engines import make_engine
 from distill.errors import StateError
 from distill.evaluate import evaluate, score_views
 from distill.finish import Position, finish
@@ -116,8 +116,9 @@ def train_unfinished(left: Sequence[tuple[schema.Recipe, Path]]) -> None:
         stream = jobs[0].batches
         if cache is not None:
             stream = CachedBatches(cache, batch_size=size, seed=seed, part=joined_part())
-        with StopRequest() as stop, Writer() as writer:
-            positions, averages = [Position()], [None]  # of weights that are only evaluated
+        with StopRequest() as stop, Writer() as writer, ExitStack() as engines:
+            # Of weights that are only evaluated:
+            positions, models = [Position()], [{"": lambda: jobs[0].model}]
             if stream is not None:
                 monitor = open_monitor(left[0][0], jobs[0].prepare, device=device)
                 settings = {
@@ -127,19 +128,16 @@ def train_unfinished(left: Sequence[tuple[schema.Recipe, Path]]) -> None:
                     "stop": stop,
                     "writer": writer,
                 }
-                runs = [
-                    Run(recipe, job, folder, **settings)
-                    for (recipe, folder), job in zip(left, jobs, strict=True)
-                ]
+                runs = []
+                for (recipe, folder), job in zip(left, jobs, strict=True):
+                    runs.append(Run(recipe, job, folder, **settings))
+                    engines.callback(runs[-1].engine.close)
                 train_runs(runs, stream, size=size)
                 writer.wait()
                 wait_for_all()  # for the checkpoints
-                positions = [run.at for run in runs]
-                averages = [run.engine.ema_model for run in runs]
-            for (recipe, folder), job, at, average in zip(
-                left, jobs, positions, averages, strict=True
-            ):
-                finish(recipe, job, folder, at, ema_model=average, device=device, stop=stop)
+                positions, models = [run.at for run in runs], [run.models for run in runs]
+            for (recipe, folder), job, at, found in zip(left, jobs, positions, models, strict=True):
+                finish(recipe, job, folder, at, models=found, device=device, stop=stop)
 
 
 def train_runs(runs: "Sequence[Run]", stream: ClipBatches | CachedBatches, *, size: int) -> None:
@@ -207,7 +205,8 @@ class Run:
         settings = self.sweep.settings if self.sweep else ()
         self.schedules = make_schedules(recipe.optim, settings, steps_per_epoch=steps)
         self.num_steps = self.schedules[0].num_steps
-        self.engine = Engine(
+        self.engine = make_engine(
+            recipe.engine,
             job.objective,
             self.sweep.parts if self.sweep else job.model,
             optim=recipe.optim,
@@ -245,6 +244,13 @@ class Run:
     @property
     def is_done(self) -> bool:
         return self.at.epoch >= self.recipe.optim.epochs
+
+    @property
+    def models(self) -> dict[str, Callable[[], torch.nn.Module]]:
+        """What is there to evaluate at the end: the model and, as `ema`, its averaged weights."""
+        trained = (lambda: self.job.model) if self.sweep else self.engine.trained
+        averages = {} if self.recipe.optim.ema is None else {"ema": self.engine.averaged}
+        return {"": trained, **averages}
 
     @property
     def clips_seen(self) -> int:
@@ -289,7 +295,8 @@ class Run:
         if self.is_first and not at.step and not self.watch:
             show_inputs(self.log, batch)
         own = 0 if batch.get("is_spare") else len(batch["clip_id"])
-        batch["num_clips"] = sum(clips for (clips,) in exchange(own))
+        counts = [clips for (clips,) in exchange(own)]
+        batch["num_clips"], batch["most_clips"] = sum(counts), max(counts)
         losses = self.engine.step(batch, step=at.step + 1, lr=lrs if self.sweep else lrs[0])
         at.step += 1
         at.step_in_epoch += 1
@@ -323,10 +330,14 @@ class Run:
         is_best = False
         is_classifier = isinstance(self.recipe.objective, schema.Classify)
         if is_classifier and self.recipe.data.val and every and (at.epoch + 1) % every == 0:
-            result = self.check_settings() if self.sweep else self.check_on_val(self.job.model, "")
+            engine = self.engine
+            if self.sweep:
+                result = self.check_settings()
+            else:
+                result = self.check_on_val(engine.trained(), "")
             scores = {f"val/{name}": result[name] for name in ("top1", "top5")}
-            if self.engine.ema_model is not None:
-                averaged = self.check_on_val(self.engine.ema_model, " with averaged weights")
+            if self.recipe.optim.ema is not None:
+                averaged = self.check_on_val(engine.averaged(), " with averaged weights")
                 scores |= {f"val/ema_{name}": averaged[name] for name in ("top1", "top5")}
             if self.is_first:
                 self.log.write(at.step, {"epoch": at.epoch, **scores})
@@ -335,8 +346,10 @@ class Run:
                 at.best = {"top1": result["top1"], "epoch": at.epoch, "step": at.step}
                 if self.sweep:
                     at.best["setting"] = result["setting"]
-        if self.watch and self.is_first:
-            self.watch.write(self.job.model, self.log, step=at.step, epoch=at.epoch)
+        if self.watch:
+            student = self.engine.trained()
+            if self.is_first:
+                self.watch.write(student, self.log, step=at.step, epoch=at.epoch)
             self.watchdog.beat()
         if self.monitor is not None and self.monitor.is_due(at.epoch, self.recipe.optim.epochs):
             self.tell_quality()
@@ -348,7 +361,7 @@ class Run:
 
     def tell_quality(self) -> None:
         """Log what the monitor finds of a distillation's student."""
-        found = self.monitor.check(self.job.objective, on_batch=self.on_batch)
+        found = self.monitor.check(self.engine.trained_objective(), on_batch=self.on_batch)
         if self.is_first and found:
             at = self.at
             at.monitor = {"epoch": at.epoch, "step": at.step, **found}

@@ -81,6 +81,12 @@ def distill_arguments(words: list[str]) -> list[str]:
         parsed = get_args_parser().parse_args(rest)  # ends the test at an option that is none
         assert parsed.module and parsed.training_script == "distill"
         return parsed.training_script_args
+    if program == "deepspeed":
+        from deepspeed.launcher.runner import parse_args
+
+        parsed = parse_args(rest)
+        assert parsed.module and parsed.no_local_rank and parsed.user_script == "distill"
+        return parsed.user_args
     if program == "sbatch":
         script = (ROOT / rest[0]).read_text()
         assert re.search(r'^srun .*distill train "\$@"$', script, re.MULTILINE)
@@ -118,7 +124,7 @@ def test_a_command_of_a_page_is_one_that_runs(page, command, here):
         program, *rest = words = shlex.split(part, comments=True)
         if "..." in part or PLACEHOLDER.fullmatch(program):
             continue  # prose that leaves something out
-        if program in ("distill", "torchrun", "srun", "sbatch"):
+        if program in ("distill", "torchrun", "deepspeed", "srun", "sbatch"):
             check_distill(words)
         elif program == "pip":
             for extra in re.findall(r"\[([\w,]+)\]", part):

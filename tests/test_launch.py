@@ -65,7 +65,7 @@ def videos(tmp_path_factory) -> Path:
 def recipe_of(videos: Path, folder: Path) -> Path:
     """A recipe file in the folder for a run in its `run`, with every step saved."""
     changes = {"optim__eps": 1e-4, "optim__epochs": STEPS // 3, "run__save_minutes": 1e-6}
-    recipe = classify(videos, objective__fc_drop=0.0, **changes)
+    recipe = classify(videos, **changes)
     return write_recipe(recipe, folder / "r.yaml", folder / "run")
 
 

@@ -629,6 +629,13 @@ def test_students_learn_from_cached_targets():
     ]
 
 
+def test_students_learn_in_plain_torch():
+    override = "students.two.engine.kind=fsdp"
+    assert student_mistakes("", override) == [
+        f"{override}: must be 'ddp' for students of one recipe"
+    ]
+
+
 def test_batches_of_students_divide_the_largest():
     assert student_mistakes("", second="optim: {batch_size: 48}") == [
         "a/two.yaml: optim.batch_size: 48 of two must divide the 64 of one"
@@ -650,7 +657,7 @@ def test_hash_ignores_what_has_no_say_in_the_result():
         "run.keep_checkpoints=9", "run.damaged_checkpoint=previous",
         "data.workers=7", "data.decode_timeout_seconds=5",
         "data.train.prefix=/v", "data.train.source=s", "objective.cache.folder=x",
-        "objective.cache.shard_mb=1",
+        "objective.cache.shard_mb=1", "engine={kind: fsdp, reshard: false}",
     ]  # fmt: skip
     other = load_recipe("r.yaml", harmless)
     assert other != recipe

@@ -30,6 +30,7 @@ from torch.testing import assert_close
 import distill.train
 from distill.checkpoint import latest_checkpoint, load_checkpoint
 from distill.data.index import read_list
+from distill.engine import Engine, seed_generators
 from distill.errors import InputError, StateError
 from distill.interrupt import Interrupted
 from distill.objective import ClassifyObjective
@@ -133,6 +134,19 @@ def test_a_run_stopped_after_any_step_ends_with_the_same_bits(
     assert caught.value.code == 143
     assert load_checkpoint(latest_checkpoint(tmp_path / "checkpoints")).state["step"] == step
     assert not (tmp_path / "summary.json").exists()
+    train(classify(videos), tmp_path)
+    assert_same_run(tmp_path, finished[0])
+
+
+def test_no_step_depends_on_what_a_generator_has_drawn(finished, videos, tmp_path, monkeypatch):
+    """So no checkpoint needs those of processes beside the first, and any number goes on alike."""
+    step = Engine.step
+
+    def after_other_draws(self, *arguments, **settings):
+        seed_generators(1000 + settings["step"])
+        return step(self, *arguments, **settings)
+
+    monkeypatch.setattr(Engine, "step", after_other_draws)
     train(classify(videos), tmp_path)
     assert_same_run(tmp_path, finished[0])
 

@@ -62,7 +62,7 @@ def finetuning(videos: Path, **changes) -> schema.Recipe:
     """Three steps an epoch, the last of two clips: fewer than four processes."""
     # AdamW would make steps of the rounding that is all of some gradients, as of keys' biases.
     changes = {"optim__micro_batch": 1, "optim__ema": 0.5, "optim__eps": 1e-4, **changes}
-    return classify(videos, objective__fc_drop=0.0, **changes)
+    return classify(videos, **changes)
 
 
 @pytest.fixture(scope="module")
