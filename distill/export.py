@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from distill.checkpoint import WEIGHTS_FILE, write_json, write_tensors, write_text
@@ -113,7 +114,7 @@ def export(
         if final.exists():
             shutil.rmtree(final)
         os.replace(partial, final)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(f"{final}: cannot be written: {error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
