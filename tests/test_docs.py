@@ -255,6 +255,12 @@ def test_the_site_builds_and_holds_what_is_made_from_the_code(tmp_path, monkeypa
     assert not (tmp_path / "site/hooks.py").exists()
 
 
+def test_every_page_is_in_the_navigation():
+    nav = re.findall(r"^ +- [^:\n]+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    pages = [page.removeprefix("docs/") for page in TEXT if page not in ("README.md",)]
+    assert set(pages) <= set(nav) and len(nav) == len(set(nav))
+
+
 def test_citation_and_changelog_are_of_this_version():
     version = EXTRAS["metadata"]["version"]
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
