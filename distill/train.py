@@ -147,6 +147,7 @@ def train_runs(runs: "Sequence[Run]", stream: ClipBatches | CachedBatches, *, si
     """
     with ExitStack() as stack:
         left = [run for run in runs if not run.is_done]
+        stack.enter_context(stream.keeping_workers())
         for run in left:
             stack.enter_context(run.shown())
             stack.enter_context(run.watchdog)

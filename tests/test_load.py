@@ -195,6 +195,33 @@ def test_workers_ignore_what_is_meant_for_the_trainer():
     assert numbers(items) == [7]
 
 
+def test_workers_are_kept_for_the_next_run_where_asked_to():
+    kept = loader(workers=1)
+
+    def pid(text: str = "ok") -> int:
+        (items,) = kept.run([[task(text)]])
+        return int(items[0][1].decoder)
+
+    with kept.keeping_workers():
+        first = pid()
+        assert pid() == first
+        run = kept.run([[task("ok")]] * 9)
+        assert int(next(run)[0][1].decoder) == first
+        inner = pid()  # a run inside another has workers of its own
+        assert inner != first
+        run.close()  # and what was not run to its end is not gone on with
+        wait_until_gone(first)
+        assert pid() == inner
+        os.kill(inner, signal.SIGKILL)
+        while kept._kept._workers:  # one that dies with a task costs a clip
+            time.sleep(0.05)
+        last = pid()
+        assert last not in (first, inner) and is_alive(last)
+    wait_until_gone(last)
+    other = pid()
+    wait_until_gone(other)
+
+
 def test_waiting_is_counted():
     slow = loader()
     list(slow.run([[task("sleep 0.5", 0)]]))

@@ -36,6 +36,9 @@ class HereLoader:
         for tasks in batches:
             yield list(self._loaded(tasks))
 
+    def keeping_workers(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def _loaded(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, View]]:
         for task in tasks:
             if task.clip in self._quarantine:

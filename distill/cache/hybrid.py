@@ -7,7 +7,7 @@ cache is there, but for the teacher's rounding in batches of other clips.
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +80,10 @@ class HybridBatches:
     def wait_seconds(self) -> float:
         """How long the consumer has waited for reading and decoding, in all."""
         return self.cached.wait_seconds + (self.live.loader.wait_seconds if self.live else 0.0)
+
+    def keeping_workers(self) -> AbstractContextManager[None]:
+        """Let epochs inside the block take the workers of those before them."""
+        return self.live.loader.keeping_workers() if self.live else nullcontext()
 
     def clip_names(self, clip_ids: Sequence[int]) -> list[str]:
         """Names, as in the list, of clips."""

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +184,10 @@ class CachedBatches:
         """
         count = len(self.cache.clip_ids)
         return draw.generator("shuffle", self.seed, epoch).permutation(count)
+
+    def keeping_workers(self) -> AbstractContextManager[None]:
+        """There are none: its threads end with an epoch."""
+        return nullcontext()
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[dict]:
         """The batches of an epoch from `first_step` on; the last one may be smaller.

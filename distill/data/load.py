@@ -6,6 +6,7 @@ A training view is a function of (clip, view, recipe's views, seed) and of nothi
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -261,6 +262,10 @@ class ClipBatches:
     def wait_seconds(self) -> float:
         """How long the consumer has waited for batches, in all."""
         return self._loader.wait_seconds
+
+    def keeping_workers(self) -> AbstractContextManager[None]:
+        """Let epochs inside the block take the workers of those before them."""
+        return self._loader.keeping_workers()
 
     def epoch(self, epoch: int, first_step: int = 0) -> "Iterator[dict[str, Tensor | int]]":
         """Batches of an epoch from step `first_step` on, as `collate` makes them, and more.

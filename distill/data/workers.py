@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -154,19 +155,43 @@ class ClipLoader:
         self._workers = workers
         self._timeout_seconds = timeout_seconds
         self._quarantine = quarantine
+        self._keeps_workers, self._kept = False, None
         self.wait_seconds = 0.0
+
+    @contextmanager
+    def keeping_workers(self) -> "Iterator[None]":
+        """Let runs inside the block take the workers of one before them that came to its end."""
+        self._keeps_workers = True
+        try:
+            yield
+        finally:
+            self._keeps_workers = False
+            if (kept := self._take_kept()) is not None:
+                kept.stop()
+
+    def _take_kept(self) -> "_Pool | None":
+        kept, self._kept = self._kept, None
+        return kept
+
+    def _start_pool(self) -> "_Pool":
+        kept = self._take_kept()
+        if kept is not None and kept.is_alive():
+            return kept
+        if kept is not None:  # its workers were killed meanwhile
+            kept.stop()
+        pool = _Pool(self._load, self._workers, self._timeout_seconds, self._quarantine)
+        pool.start()
+        # A run that is left by an exception of the consumer's is still there when Python ends,
+        # which would wait for workers that ignore its signal.
+        atexit.register(pool.stop)
+        return pool
 
     def run(self, batches: "Iterable[Sequence[Task]]") -> "Iterator[list[tuple[Task, View]]]":
         """The views of each batch, in order; failed clips are left out and quarantined.
 
         Raises `StateError` when too many clips fail, or workers cannot be started.
         """
-        pool = _Pool(self._load, self._workers, self._timeout_seconds, self._quarantine)
-        source = iter(batches)
-        pool.start()
-        # A run that is left by an exception of the consumer's is still there when Python ends,
-        # which would wait for workers that ignore its signal.
-        atexit.register(pool.stop)
+        pool, source = self._start_pool(), iter(batches)
         try:
             num_waiting = 0
             while True:
@@ -177,6 +202,8 @@ class ClipLoader:
                     pool.submit(tasks)
                     num_waiting += 1
                 if num_waiting == 0:
+                    if self._keeps_workers and self._kept is None:
+                        self._kept, pool = pool, None
                     return
                 start = time.perf_counter()
                 items = pool.take()
@@ -184,7 +211,8 @@ class ClipLoader:
                 num_waiting -= 1
                 yield items
         finally:
-            pool.stop()
+            if pool is not None:
+                pool.stop()
 
 
 @dataclasses.dataclass
@@ -335,6 +363,8 @@ class _Pool(threading.Thread):
         if worker.job is not None:
             path = worker.job[0].tasks[worker.job[1]].clip.path
             self._settle(worker, None, f"{path}: its worker was {reason}")
+            return
+        if worker.is_ready:  # it died idle
             return
         self._failed_starts += 1
         if self._failed_starts >= _MAX_FAILED_STARTS:
