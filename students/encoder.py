@@ -1,15 +1,13 @@
 """Models as they are used: with a classifier, or as what makes a vector of a clip."""
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill.students.classifier import Probe, ProbeNorm, VideoClassifier, create_classifier
 from distill.students.timm_backbone import TimmBackbone, TimmClassifier
 from distill.students.vit import Activation, Positions, VideoViT, ViTSize, resolve_size
-
-Classifier = TypeVar("Classifier", VideoClassifier, TimmClassifier)
 
 
 class VideoEncoder(VideoViT):
@@ -61,7 +59,7 @@ def create_video_model(
     if timm is not None:
         clip = {"frames": frames, "image_size": image_size}
         if num_classes:
-            return _without_dropout(TimmClassifier(timm, num_classes=num_classes, **clip))
+            return TimmClassifier(timm, num_classes=num_classes, **clip)
         return TimmEncoder(timm, **clip)
     backbone = {
         "frames": frames,
@@ -73,13 +71,7 @@ def create_video_model(
     size = ViTSize(**size) if isinstance(size, Mapping) else size
     if num_classes:
         classes = {"num_classes": num_classes, "probe": probe, "probe_norm": probe_norm}
-        return _without_dropout(create_classifier(size, **classes, **backbone))
+        return create_classifier(size, **classes, **backbone)
     encoder = VideoEncoder(resolve_size(size), **backbone)
     encoder.init_weights()
     return encoder
-
-
-def _without_dropout(model: Classifier) -> Classifier:
-    """Not even as an operation that does nothing, which a graph would hold."""
-    model.fc_dropout = nn.Identity()
-    return model
