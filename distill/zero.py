@@ -360,18 +360,22 @@ class LossScale:
         return self.scale.cur_scale
 
     def state_dict(self) -> dict[str, float]:
+        good = self.scale.cur_iter - self.scale.last_overflow_iter - 1  # steps, as DeepSpeed counts
+        good = (good - 1) % LOSS_SCALE_WINDOW + 1 if good else 0  # since the scale doubled
         return {
             "scale": float(self.scale.cur_scale),
             "growth_factor": 2.0,
             "backoff_factor": 0.5,
             "growth_interval": LOSS_SCALE_WINDOW,
-            "_growth_tracker": self.scale.cur_iter - self.scale.last_overflow_iter - 1,
+            "_growth_tracker": min(good, LOSS_SCALE_WINDOW - 1),  # at which torch's doubles
+            "good_steps": good,
             "hysteresis": self.scale.cur_hysteresis,
         }
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         self.scale.cur_scale = state["scale"]
-        self.scale.cur_iter, self.scale.last_overflow_iter = state["_growth_tracker"], -1
+        good = state.get("good_steps", state["_growth_tracker"])
+        self.scale.cur_iter, self.scale.last_overflow_iter = int(good), -1
         self.scale.cur_hysteresis = state.get("hysteresis", HYSTERESIS)
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import engines
 import pytest
@@ -15,10 +16,11 @@ import torch
 from tiny_runs import assert_alike, classify, torchrun, write_clips, write_recipe
 from torch.testing import assert_close
 
-from distill.engine import reproducible
+from distill.engine import LOSS_SCALE_WINDOW, reproducible
 from distill.errors import InputError
 from distill.recipe_file import load_recipe
 from distill.train import train
+from distill.zero import HYSTERESIS, LossScale
 
 JOB = Path(__file__).with_name("engines_job.py")
 # How far weights and the like may be from those of plain torch, as a share of all that training
@@ -180,3 +182,35 @@ def test_what_an_engine_cannot_do_is_told_in_a_line(recipe, tmp_path, overrides,
     with pytest.raises(InputError) as error:
         load_recipe(path, overrides)
     assert line in str(error.value).splitlines()
+
+
+def test_a_loss_scale_goes_on_from_any_count_of_good_steps(monkeypatch):
+    """As DeepSpeed's would have; torch's takes the count too, which stays below its window."""
+    from deepspeed.runtime.fp16 import loss_scaler
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    monkeypatch.setattr(loss_scaler, "dist", SimpleNamespace(get_rank=lambda: 1))  # who logs it
+    settings = {
+        "init_scale": 2.0**4,
+        "scale_window": LOSS_SCALE_WINDOW,
+        "min_scale": 1,
+        "delayed_shift": HYSTERESIS,
+        "consecutive_hysteresis": False,
+        "raise_error_at_min_scale": False,
+    }
+    overflows = [False] * 1100 + [True] * 3 + [False] * 900
+    first = DynamicLossScaler(**settings)
+    for number, is_overflow in enumerate(overflows):
+        if number in (0, 3, 499, 500, 501, 1001, 1102, 1103, 1603, 1604):
+            one, other = DynamicLossScaler(**settings), copy.copy(first)
+            LossScale(one).load_state_dict(LossScale(first).state_dict())
+            for later in overflows[number:]:
+                one.update_scale(later)
+                other.update_scale(later)
+                assert (one.cur_scale, one.cur_hysteresis) == (
+                    other.cur_scale,
+                    other.cur_hysteresis,
+                )
+            assert LossScale(first).state_dict()["_growth_tracker"] < LOSS_SCALE_WINDOW
+        first.update_scale(is_overflow)
+    assert first.cur_scale == 2.0**5  # doubled twice, halved twice, doubled
