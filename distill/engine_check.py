@@ -10,6 +10,8 @@ def engine_errors(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     kind = recipe.engine.kind
     if kind == "ddp":
         return
+    if recipe.run.compile != "none":
+        yield ("run", "compile"), f"must be none with engine.kind={kind}: only ddp is tried with it"
     if recipe.model.timm is not None:
         yield ("engine", "kind"), f"must be ddp for one of timm's models, as {kind} needs blocks"
     objective = recipe.objective

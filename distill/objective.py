@@ -5,6 +5,8 @@ are drawn from the clips' ids, so that neither the order of a batch nor its neig
 process has them, nor what was drawn before change a result.
 """
 
+import os
+import shutil
 from collections.abc import Sequence
 from typing import Literal
 
@@ -13,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill import draw
+from distill.errors import InputError
+from distill.kernels import jit
 from distill.kernels.alignment import alignment
 from distill.kernels.coded_targets import CodedTargets
 from distill.kernels.linear_alignment import linear_alignment
 from distill.probe import ProbeSweep, settings_of
-from distill.recipe import Classify, Distill, of_teacher
+from distill.recipe import Classify, Compile, Distill, of_teacher
 from distill.students.classifier import MERGES, VideoClassifier, keep_factors
 from distill.students.heads import Decoder
 from distill.students.student import DistillStudent
@@ -77,6 +81,26 @@ def draw_fc_keep(
     width = model.head.in_features
     uniform = draw.uniform(clip_ids, "fc-drop", seed, epoch, count=width)
     return keep_factors(uniform, model.fc_drop)
+
+
+def compile_losses(objective: nn.Module, mode: Compile, device: torch.device) -> None:
+    """Have `torch.compile` take all that an objective does after its draws, in a recipe's mode.
+
+    Backward included. Each size of a micro-batch is compiled once, when it first comes; after
+    more sizes than PyTorch keeps (`torch._dynamo.config.recompile_limit`) they run as written.
+    Raises InputError where there is no compiler for the device.
+    """
+    if mode == "none":
+        return
+    needs = "a C++ compiler (g++)" if device.type == "cpu" else "Triton and a C compiler (gcc)"
+    names = ("g++", "clang++") if device.type == "cpu" else ("gcc", "cc", "clang")
+    chosen = os.environ.get("CXX" if device.type == "cpu" else "CC")
+    has_compiler = any(shutil.which(name) for name in (*filter(None, [chosen]), *names))
+    if not has_compiler or (device.type == "cuda" and jit.triton is None):
+        raise InputError(
+            f"run.compile is '{mode}', which takes {needs}; install that, or set run.compile=none"
+        )
+    objective.losses = torch.compile(objective.losses, mode=mode, dynamic=False)
 
 
 class DistillObjective(nn.Module):
@@ -212,9 +236,22 @@ class ClassifyObjective(nn.Module):
         ids, epoch = batch["clip_id"], batch["epoch"]
         if "repeat" in batch:
             ids = draw.view_ids(ids, batch["repeat"])
-        head_keep = draw_head_keep(self.model, ids, seed=self.seed, epoch=epoch)
-        fc_keep = draw_fc_keep(self.model, ids, seed=self.seed, epoch=epoch)
-        keep = draw_keep(self.model, ids, seed=self.seed, epoch=epoch)
+        draws = {
+            "keep": draw_keep(self.model, ids, seed=self.seed, epoch=epoch),
+            "head_keep": draw_head_keep(self.model, ids, seed=self.seed, epoch=epoch),
+            "fc_keep": draw_fc_keep(self.model, ids, seed=self.seed, epoch=epoch),
+        }
+        return self.losses(batch, **draws)
+
+    def losses(
+        self,
+        batch: dict,
+        *,
+        keep: Tensor | None,
+        head_keep: Tensor | None,
+        fc_keep: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """As `forward`, with the factors that are drawn: [2L,B], [B] and [B,F]."""
         if self.trainable == "all":
             logits = self.model(
                 batch["pixels"], keep=keep, head_keep=head_keep, fc_keep=fc_keep

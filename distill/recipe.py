@@ -19,6 +19,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 MAIN = ""  # the name of a distillation's main teacher, where all have names
 Channels = tuple[float, float, float]
 KeptTokens = Literal["visible", "superset", "all"]
+Compile = Literal["none", "default", "reduce-overhead"]
 KeptPixels = Literal["visible", "full"]
 
 
@@ -447,6 +448,12 @@ class Run(Section):
         "auto",
         description="what runs on a GPU: auto takes this project's kernels (triton) if a short "
         "check finds them right on that very device, and torch's operations where it does not",
+    )
+    compile: Compile = Field(
+        "none",
+        description="default has torch.compile make one piece of a micro-batch's forward, and one "
+        "of its backward; reduce-overhead also replays them as CUDA graphs, for small students "
+        "whose kernels are over before the next one is launched",
     )
 
 

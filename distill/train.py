@@ -53,6 +53,8 @@ from distill.job import (
 from distill.kernel_choice import using_kernels
 from distill.meter import Meter, note
 from distill.monitor import Monitor, describe, open_monitor
+from distill.objective import compile_losses
+from distill.overlap import overlapped
 from distill.probe import make_schedules, update_records
 from distill.probe_scores import evaluate_settings
 from distill.provenance import changed_settings, note_provenance
@@ -112,6 +114,7 @@ def train_unfinished(left: Sequence[tuple[schema.Recipe, Path]]) -> None:
             seed_generators(seed)  # so that each starts with the weights of a run of its own
             jobs.append(build_job(recipe, folder, device=device, cache=cache))
             note_provenance(recipe, folder, device=device)
+            compile_losses(jobs[-1].objective, recipe.run.compile, device)
         size = math.lcm(*(recipe.optim.batch_size for recipe, _ in left))
         stream = jobs[0].batches
         if cache is not None:
@@ -173,7 +176,7 @@ def train_epoch(runs: "Sequence[Run]", stream: ClipBatches | CachedBatches, *, s
         for run in reading:
             run.job.objective.train()
         with closing(stream.epoch(runs[0].at.epoch, first)) as batches:
-            for number, batch in enumerate(batches, first):
+            for number, batch in enumerate(overlapped(batches, runs[0].device), first):
                 for run in reading:
                     run.take(batch, start=number * size)
     for run in runs:
@@ -302,8 +305,9 @@ class Run:
         at.step += 1
         at.step_in_epoch += 1
         self.bar.advance()
-        is_cached = batch.get("is_cached", torch.empty(0))  # in the memory of the host
-        read, cached = len(is_cached), int(is_cached.sum())
+        read, cached = 0, 0
+        if "is_cached" in batch:
+            read, cached = len(batch["is_cached"]), int(batch["is_cached"].sum())
         self.meter.count(batch["num_clips"], read=read, cached=cached)
         at.read, at.cached = at.read + read, at.cached + cached
         if at.step % run.log_steps == 0 or at.step == self.num_steps:
