@@ -45,7 +45,7 @@ def steps(out: Path, *, budget: float, others: Sequence[str] = ()) -> tuple[list
     for name in files:
         if name not in left_out:
             command = ["pytest", "-p", "no:cacheprovider", "-v", "--tb=short", "--durations=10"]
-            command += [f"tests/gpu/{name}"]
+            command += ["--override-ini", "addopts=", f"tests/gpu/{name}"]  # one GPU, one process
             found.append(Step(name.removesuffix(".py"), ["-m", *command], TEST_SECONDS))
     tables = ["-m", "benchmarks.kernels", "--out", str(out), *others]
     return [*found, Step("kernels", tables, budget)], left_out
