@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-FILES = ("self_check", "attention", "alignment", "rmsnorm", "steps", "codes")  # test_cuda_NAME.py
+# Names of tests/gpu/test_cuda_NAME.py.
+FILES = "self_check attention alignment rmsnorm steps codes compile overlap".split()
 PACKAGES = ("pydantic", "rich", "safetensors")
-NEED_PACKAGES = ("test_cuda_steps.py", "test_cuda.py")
+NEED_PACKAGES = ("test_cuda_steps.py", "test_cuda_compile.py", "test_cuda.py")
 TEST_SECONDS = 240  # of all tests together
 GRACE_SECONDS = 15.0  # for a summary after an interrupt
 

@@ -66,7 +66,8 @@ class Choice:
         """As it stands in the file."""
         if isinstance(self.where, dict):
             kernel, *rest = self.key
-            config = ", ".join(f"{n}={v}" for n, v in self.value._asdict().items())
+            fields = self.value._asdict().items()
+            config = ", ".join(f"{name}={value}" for name, value in fields if value is not None)
             key = ", ".join(f'"{k}"' if isinstance(k, str) else str(k) for k in (kernel, *rest))
             return f"    ({key}): Config({config}),"
         return f"{self.key} = {self.value}"
