@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 # Names of tests/gpu/test_cuda_NAME.py.
-FILES = "self_check attention alignment rmsnorm steps codes compile overlap".split()
+FILES = ["self_check", "attention", "alignment", "rmsnorm", "steps", "codes", "compile", "overlap"]
 PACKAGES = ("pydantic", "rich", "safetensors")
 NEED_PACKAGES = ("test_cuda_steps.py", "test_cuda_compile.py", "test_cuda.py")
 TEST_SECONDS = 240  # of all tests together
