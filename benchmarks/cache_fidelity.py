@@ -34,7 +34,7 @@ from distill.cost import record_bytes
 from distill.data.demo import SPLITS, make_demo
 from distill.data.index import read_list
 from distill.data.load import ClipBatches, Quarantine
-from distill.engine import pick_device, to_device
+from distill.engines.plain import pick_device, to_device
 from distill.log import configure
 from distill.models import build_student, build_teacher
 from distill.objective import DistillObjective

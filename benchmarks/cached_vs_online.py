@@ -26,7 +26,7 @@ from rich.table import Table
 
 from distill.cache.build import build_cache
 from distill.data.demo import photograph, write_video
-from distill.engine import Engine
+from distill.engines.plain import Engine
 from distill.job import build_job
 from distill.log import configure
 from distill.recipe_file import load_recipe

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from distill.cost import count_parameters, record_bytes, student_cost, teacher_macs
-from distill.meter import PEAK_TFLOPS
 from distill.models import build_model
 from distill.recipe import Recipe
+from distill.run.meter import PEAK_TFLOPS
 
 # Of the peak, by the student's size: what the kernels aim at. Unproven on a GPU.
 STUDENT_MFU = {"S14": 0.30, "B14": 0.40, "L14": 0.45}

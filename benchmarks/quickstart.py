@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from distill.data.demo import SPLITS, make_demo
-from distill.evaluate import evaluate
+from distill.evaluation.evaluate import evaluate
 from distill.log import configure
 from distill.models import build_classifier, load_recipe_weights
 from distill.recipe import Recipe, Study

@@ -29,9 +29,9 @@ import torch
 
 from benchmarks.cache_faults import make_videos, require, save
 from distill.checkpoint import latest_checkpoint, load_checkpoint
-from distill.meter import RATES
 from distill.recipe import Recipe
 from distill.recipe_file import dump_recipe
+from distill.run.meter import RATES
 
 RESULTS = Path(__file__).parent / "results" / "run_faults.json"
 RANKS, CLIPS, BATCH, EPOCHS = 4, 14, 4, 80  # the last batch leaves two of the ranks without a clip

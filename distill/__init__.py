@@ -4,7 +4,7 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from distill.predict import LoadedModel
+    from distill.use.predict import LoadedModel
 
 
 def load_model(checkpoint: str | PathLike[str], *, recipe: str | None = None) -> "LoadedModel":
@@ -16,6 +16,8 @@ def load_model(checkpoint: str | PathLike[str], *, recipe: str | None = None) ->
 
     `recipe` names what a released file is of. Raises ValueError for what cannot be loaded.
     """
-    from distill.predict import load_model as load  # not at the top: importing does nothing heavy
+    from distill.use.predict import (
+        load_model as load,  # not at the top: importing does nothing heavy
+    )
 
     return load(checkpoint, recipe=recipe)

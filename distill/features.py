@@ -43,12 +43,12 @@ from distill.data.load import (
     load_repeats,
 )
 from distill.dist import joined_part, wait_for_all
-from distill.engine import autocast, to_device
+from distill.engines.plain import autocast, to_device
 from distill.errors import StateError
+from distill.evaluation.scores import hash_pixels
 from distill.mixing import augmented_inputs
 from distill.objective import frozen_features
 from distill.recipe import Recipe
-from distill.scores import hash_pixels
 from distill.students.classifier import VideoClassifier
 from distill.students.warmstart import file_sha256
 

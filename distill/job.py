@@ -19,18 +19,18 @@ from distill.data.index import check_videos, read_list
 from distill.data.load import ClipBatches, Quarantine
 from distill.dist import exchange, joined_part, wait_for_all
 from distill.errors import StateError
-from distill.evaluate import Share, labelled_clips
+from distill.evaluation.evaluate import Share, labelled_clips
+from distill.evaluation.probe_scores import score_features
 from distill.features import FeatureInputs, evaluation_shelf, open_features, training_shelf
 from distill.mask import make_redraw
 from distill.mixing import augmented_inputs
 from distill.models import build_classifier, build_student, load_recipe_weights
 from distill.objective import ClassifyObjective, DistillObjective
 from distill.probe import ProbeSweep
-from distill.probe_scores import score_features
 from distill.students.vit import VideoViT
 from distill.targets import CachedTargets, LiveTargets
 
-WATCHED_CLIPS = 8  # of a distillation, see distill/watch.py
+WATCHED_CLIPS = 8  # of a distillation, see distill/run/watch.py
 
 logger = logging.getLogger(__name__)
 

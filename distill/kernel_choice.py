@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from distill.dist import exchange
-from distill.engine import AUTOCAST
+from distill.engines.plain import AUTOCAST
 from distill.errors import InputError, StateError
 from distill.kernels import jit
 from distill.kernels.self_check import self_check

@@ -436,8 +436,8 @@ class Run(Section):
     )
     peak_tflops: Positive | None = Field(
         None,
-        description="what one device can do in optim.precision, for the MFU; from distill/meter.py "
-        "when not given, and without it there is no MFU",
+        description="what one device can do in optim.precision, for the MFU; when not given, from "
+        "distill/run/meter.py; without it there is no MFU",
     )
     toy: bool = Field(
         False,

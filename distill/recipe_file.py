@@ -16,10 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
-from distill.data.folder import fill_from_folder
-from distill.errors import InputError
-from distill.recipe import Recipe, Students, Study
-from distill.recipe_check import (
+from distill.checks.recipe import (
     Keys,
     Origins,
     check_recipe,
@@ -27,6 +24,9 @@ from distill.recipe_check import (
     check_students,
     nearest,
 )
+from distill.data.folder import fill_from_folder
+from distill.errors import InputError
+from distill.recipe import Recipe, Students, Study
 from distill.recipe_yaml import parse_yaml
 from distill.toy import SUFFIX, toy_recipe
 

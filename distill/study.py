@@ -8,11 +8,11 @@ from typing import Any
 from rich.table import Table
 
 from distill.checkpoint import latest_checkpoint, write_json
+from distill.checks.recipe import STAGE
 from distill.dist import joined_part
 from distill.errors import InputError, StateError
 from distill.recipe import Distill, Model, Recipe, Students, Study, Teacher
-from distill.recipe_check import STAGE
-from distill.run_folder import SUMMARY, hold_folder
+from distill.run.folder import SUMMARY, hold_folder
 from distill.students.warmstart import file_sha256
 from distill.train import train, train_together
 

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from distill.cache.codes import Codec
-from distill.engine import autocast
+from distill.engines.plain import autocast
 from distill.kernels.coded_targets import CodedTargets
 from distill.kernels.jit import uses_triton
 from distill.mask import Redraw, draw_kept

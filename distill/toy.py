@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from distill.checks.recipe import STAGE
 from distill.recipe import Classify, Distill, Recipe, Size, vit_size
-from distill.recipe_check import STAGE
 from distill.students import create_student
 
 SIZES = {

@@ -30,20 +30,19 @@ from distill.checkpoint import (
     write_json,
 )
 from distill.data.load import ClipBatches
-from distill.describe import describe_model
 from distill.dist import exchange, joined_part, wait_for_all
-from distill.engine import (
+from distill.engines import make_engine
+from distill.engines.overlap import overlapped
+from distill.engines.plain import (
     NonFiniteError,
     pick_device,
     reproducible,
     seed_generators,
     split_batch,
 )
-from distill.engines import make_engine
 from distill.errors import StateError
-from distill.evaluate import evaluate, score_views
-from distill.finish import Position, finish
-from distill.interrupt import Interrupted, StopRequest
+from distill.evaluation.evaluate import evaluate, score_views
+from distill.evaluation.probe_scores import evaluate_settings
 from distill.job import (
     Job,
     build_job,
@@ -51,17 +50,18 @@ from distill.job import (
     open_cache,
 )
 from distill.kernel_choice import using_kernels
-from distill.meter import Meter, note
-from distill.monitor import Monitor, describe, open_monitor
 from distill.objective import compile_losses
-from distill.overlap import overlapped
 from distill.probe import make_schedules, update_records
-from distill.probe_scores import evaluate_settings
-from distill.provenance import changed_settings, note_provenance
-from distill.run_folder import SUMMARY, claim_folder
-from distill.watch import Watch, layer_cosines, show_inputs
-from distill.watchdog import Watchdog
-from distill.writer import Writer
+from distill.run.finish import Position, finish
+from distill.run.folder import SUMMARY, claim_folder
+from distill.run.interrupt import Interrupted, StopRequest
+from distill.run.meter import Meter, note
+from distill.run.monitor import Monitor, describe, open_monitor
+from distill.run.provenance import changed_settings, note_provenance
+from distill.run.watch import Watch, layer_cosines, show_inputs
+from distill.run.watchdog import Watchdog
+from distill.run.writer import Writer
+from distill.use.describe import describe_model
 
 SHOWN_CLIPS = 4  # of a step's clips in a message; all of them go to a file
 

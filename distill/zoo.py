@@ -17,8 +17,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from distill.checks.recipe import nearest
 from distill.errors import InputError
-from distill.recipe_check import nearest
 
 ABSENT = "not published"
 HUB = "https://huggingface.co"

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from distill import zoo
+from distill.checks.recipe import missing_inputs
 from distill.errors import InputError
-from distill.evaluate import evaluate_recipe
+from distill.evaluation.evaluate import evaluate_recipe
 from distill.models import build_model
 from distill.recipe import Classify, Recipe
-from distill.recipe_check import missing_inputs
 from distill.students.warmstart import LoadReport, WeightsError, load_weights
 from distill.zoo import Row
 

@@ -10,13 +10,13 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, distributed
 
-from distill import recipe, train, zero
+from distill import recipe, train
 from distill.dist import WHOLE, Part, joined
-from distill.engine import Engine, NonFiniteError, reproducible
-from distill.engines import make_engine
-from distill.interrupt import Interrupted, StopRequest
+from distill.engines import make_engine, zero
+from distill.engines.plain import Engine, NonFiniteError, reproducible
 from distill.objective import ClassifyObjective
 from distill.recipe_file import load_recipe
+from distill.run.interrupt import Interrupted, StopRequest
 from distill.students import ViTSize, create_classifier
 
 SIZE = ViTSize(32, 2, 2, pooled_width=16, init_std=0.1, layer_scale=0.5)

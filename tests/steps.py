@@ -3,7 +3,7 @@
 import torch
 
 from distill.cache.codes import Codec
-from distill.engine import Engine, autocast, to_device
+from distill.engines.plain import Engine, autocast, to_device
 from distill.objective import DistillObjective, draw_keep
 from distill.recipe import Distill, Optim, Teacher
 from distill.students import ViTSize, create_student

@@ -14,12 +14,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_runs import TRAIN_CLIPS, classify, distil, metrics, write_clips
 from torch.testing import assert_close
 
-from distill import pictures
 from distill.cache.identity import cache_identity
 from distill.job import WATCHED_CLIPS, build_job
-from distill.provenance import note_provenance
+from distill.run import pictures
+from distill.run.provenance import note_provenance
+from distill.run.watch import Watch, statistics
 from distill.train import train
-from distill.watch import Watch, statistics
 
 
 @pytest.fixture(scope="module")

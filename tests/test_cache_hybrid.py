@@ -20,8 +20,8 @@ from distill.cache.hybrid import open_hybrid
 from distill.cache.read import Cache, CachedBatches
 from distill.data.index import read_list
 from distill.errors import InputError, StateError
-from distill.interrupt import Interrupted
 from distill.recipe_file import load_recipe
+from distill.run.interrupt import Interrupted
 from distill.train import train
 
 CLIPS, CACHED = 10, 6

@@ -34,8 +34,8 @@ from distill.cli import app
 from distill.data.index import read_list
 from distill.errors import InputError, StateError
 from distill.mask import Redraw, draw_kept
-from distill.pictures import MISSING, MISSING_DOT
 from distill.recipe import Mask
+from distill.run.pictures import MISSING, MISSING_DOT
 
 GRID = (2, 2, 2)
 LAYERS, WIDTH, CLIPS, VIEWS = 2, 48, 5, 2

@@ -23,9 +23,9 @@ from distill.cache.build import build_cache
 from distill.cache.quarantine import quarantine_entries
 from distill.cache.read import Cache, CachedBatches
 from distill.cache.store import open_folder
+from distill.checks.recipe import missing_inputs
 from distill.errors import StateError
 from distill.plan import make_plan
-from distill.recipe_check import missing_inputs
 from distill.recipe_file import dump_recipe, load_recipe
 
 

@@ -75,7 +75,7 @@ def test_interrupt_ends_with_its_exit_code(recipe, monkeypatch, number, code):
         finally:
             closed.append(number)  # as worker processes are
 
-    monkeypatch.setattr("distill.evaluate.evaluate_recipe", wait)
+    monkeypatch.setattr("distill.evaluation.evaluate.evaluate_recipe", wait)
     # Jobs that a shell starts in the background, tests among them, begin with SIGINT ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -220,7 +220,7 @@ def test_evaluate_takes_the_runs_own_weights_or_those_given(recipe, monkeypatch)
             "confidence_intervals": {"confidence": 0.95, **intervals},
         }
 
-    monkeypatch.setattr("distill.evaluate.evaluate_recipe", evaluate_recipe)
+    monkeypatch.setattr("distill.evaluation.evaluate.evaluate_recipe", evaluate_recipe)
     result = run("evaluate", recipe)
     assert result.exit_code == 2
     assert result.stderr == (

@@ -11,11 +11,17 @@ from typer.testing import CliRunner
 
 from distill.checkpoint import write_json
 from distill.cli import app
-from distill.compare import compare, mcnemar
 from distill.data.index import Clip, clip_id
 from distill.errors import InputError
-from distill.metrics import measure
-from distill.scores import Evaluation, Scores, in_order, read_evaluation, write_evaluation
+from distill.evaluation.compare import compare, mcnemar
+from distill.evaluation.metrics import measure
+from distill.evaluation.scores import (
+    Evaluation,
+    Scores,
+    in_order,
+    read_evaluation,
+    write_evaluation,
+)
 
 CLASSES = 4
 VIEWS = 2

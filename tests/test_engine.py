@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from distill import recipe
-from distill.engine import Engine, NonFiniteError, average_weights, reproducible, split_batch
+from distill.engines.plain import Engine, NonFiniteError, average_weights, reproducible, split_batch
 from distill.errors import StateError
 from distill.objective import ClassifyObjective
 from distill.students import ViTSize, create_classifier

@@ -16,11 +16,11 @@ import torch
 from tiny_runs import assert_alike, classify, torchrun, write_clips, write_recipe
 from torch.testing import assert_close
 
-from distill.engine import LOSS_SCALE_WINDOW, reproducible
+from distill.engines.plain import LOSS_SCALE_WINDOW, reproducible
+from distill.engines.zero import HYSTERESIS, LossScale
 from distill.errors import InputError
 from distill.recipe_file import load_recipe
 from distill.train import train
-from distill.zero import HYSTERESIS, LossScale
 
 JOB = Path(__file__).with_name("engines_job.py")
 # How far weights and the like may be from those of plain torch, as a share of all that training

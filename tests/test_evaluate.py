@@ -18,10 +18,10 @@ from distill.checkpoint import write_tensors
 from distill.data.index import read_list
 from distill.data.load import Task, collate, load_eval_view
 from distill.errors import InputError, StateError
-from distill.evaluate import evaluate, evaluate_recipe, labelled_clips
-from distill.metrics import RESAMPLES, measure
+from distill.evaluation.evaluate import evaluate, evaluate_recipe, labelled_clips
+from distill.evaluation.metrics import RESAMPLES, measure
+from distill.evaluation.scores import hash_pixels, read_evaluation, write_evaluation
 from distill.models import build_classifier
-from distill.scores import hash_pixels, read_evaluation, write_evaluation
 from distill.students.warmstart import file_sha256
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from distill.checkpoint import write_tensors
 from distill.cli import app
 from distill.data.index import read_list
 from distill.dist import WHOLE, Part
-from distill.evaluate import score_views
+from distill.evaluation.evaluate import score_views
 from distill.models import build_classifier
 from distill.recipe_file import dump_recipe, load_recipe
 
@@ -36,7 +36,7 @@ READABLE = 5
 
 FAILING = """\
 import os
-from distill import evaluate
+from distill.evaluation import evaluate
 from distill.errors import StateError
 
 def fail(pixels):  # of its first batch

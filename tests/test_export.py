@@ -20,20 +20,20 @@ from toys import load_here
 from typer.testing import CliRunner
 
 import distill.students.timm_models  # noqa: F401  registers the name
-from distill import export as exporting
 from distill import recipe as schema
 from distill.checkpoint import write_tensors
 from distill.cli import app
 from distill.data.load import load_eval_view
-from distill.describe import describe_model
 from distill.errors import InputError, StateError
-from distill.evaluate import evaluate_recipe
-from distill.export import TARGETS, export
+from distill.evaluation.evaluate import evaluate_recipe
 from distill.models import build_classifier, build_student
-from distill.predict import find_videos
 from distill.recipe_file import dump_recipe
 from distill.students.encoder import embed
 from distill.students.hub import VideoModel
+from distill.use import export as exporting
+from distill.use.describe import describe_model
+from distill.use.export import TARGETS, export
+from distill.use.predict import find_videos
 
 NAMES = ("dark", "grey", "bright")
 CLOSE = {"rtol": 0, "atol": 1e-4}

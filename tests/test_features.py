@@ -31,9 +31,9 @@ from distill.checkpoint import latest_checkpoint, load_checkpoint
 from distill.cli import app
 from distill.data.index import read_list
 from distill.errors import StateError
-from distill.evaluate import evaluate_recipe
-from distill.interrupt import Interrupted
+from distill.evaluation.evaluate import evaluate_recipe
 from distill.recipe_file import dump_recipe
+from distill.run.interrupt import Interrupted
 from distill.students.warmstart import file_sha256
 from distill.train import train
 

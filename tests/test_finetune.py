@@ -16,9 +16,9 @@ from torch.testing import assert_close
 
 from distill import recipe as schema
 from distill.checkpoint import latest_checkpoint, load_checkpoint
-from distill.interrupt import Interrupted
 from distill.objective import ClassifyObjective
 from distill.recipe_file import dump_recipe
+from distill.run.interrupt import Interrupted
 from distill.train import train
 
 CLASSES = 3

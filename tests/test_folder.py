@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from distill.checks.recipe import missing_inputs
 from distill.data.folder import PARTS, class_names, read_folder
 from distill.data.index import clip_id, list_bytes, read_list
 from distill.errors import InputError
 from distill.recipe import ClipList
-from distill.recipe_check import missing_inputs
 from distill.recipe_file import load_recipe
 
 CLASSES = ("jump", "run", "swim")

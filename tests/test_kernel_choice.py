@@ -9,10 +9,11 @@ from interpret import interpret
 from pydantic import ValidationError
 from torch.testing import assert_close
 
-from distill import evaluate, kernel_choice, train
+from distill import kernel_choice, train
 from distill.cache import build
 from distill.cache.codes import Codec
 from distill.errors import InputError, StateError
+from distill.evaluation import evaluate
 from distill.kernel_choice import using_kernels
 from distill.kernels import (
     alignment,

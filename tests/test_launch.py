@@ -28,7 +28,7 @@ import os
 import time
 
 from distill import objective
-from distill.watchdog import Watchdog
+from distill.run.watchdog import Watchdog
 
 begin, forward = Watchdog.begin, objective.ClassifyObjective.forward
 seen = []

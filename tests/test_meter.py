@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from distill import meter
-from distill.meter import Meter, model_tflop, peak_tflops
 from distill.recipe_file import load_recipe
+from distill.run import meter
+from distill.run.meter import Meter, model_tflop, peak_tflops
 
 CPU = torch.device("cpu")
 

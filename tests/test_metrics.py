@@ -9,7 +9,7 @@ import torch
 from sklearn import metrics as sklearn_metrics
 
 from distill.data.index import Clip
-from distill.metrics import (
+from distill.evaluation.metrics import (
     Answers,
     all_metrics,
     average_precisions,
@@ -20,7 +20,7 @@ from distill.metrics import (
     merge_views,
     resampled_weights,
 )
-from distill.scores import Evaluation, Scores, in_order
+from distill.evaluation.scores import Evaluation, Scores, in_order
 
 
 def clip(number: int, label: int, name: str | None = None, **times: float) -> Clip:

@@ -25,14 +25,14 @@ from torch.testing import assert_close
 
 from distill.cache.identity import teacher_hash
 from distill.checkpoint import latest_checkpoint, load_checkpoint, random_state
+from distill.checks.recipe import missing_inputs
 from distill.data.index import read_list
 from distill.data.load import load_view
-from distill.interrupt import Interrupted
 from distill.mask import draw_kept
 from distill.models import build_student, build_teacher
-from distill.monitor import TEMPERATURE, knn_top1, linear_top1, undisturbed
-from distill.recipe_check import missing_inputs
 from distill.recipe_file import differences
+from distill.run.interrupt import Interrupted
+from distill.run.monitor import TEMPERATURE, knn_top1, linear_top1, undisturbed
 from distill.train import train, train_together
 
 NAMES = ("monitor/knn_top1", "monitor/linear_top1", "monitor/exact_loss")

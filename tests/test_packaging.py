@@ -52,10 +52,10 @@ def test_imports_point_one_way(folder):
     ("package", "home"),
     [
         ("triton", {"kernels"}),
-        ("deepspeed", {"distill/zero.py"}),
+        ("deepspeed", {"distill/engines/zero.py"}),
         ("decord", {"distill/data/decode.py"}),
-        ("onnxruntime", {"distill/export.py"}),
-        ("huggingface_hub", {"distill/model_card.py", "students/hub.py"}),
+        ("onnxruntime", {"distill/use/export.py"}),
+        ("huggingface_hub", {"distill/use/model_card.py", "students/hub.py"}),
     ],
 )
 def test_heavy_packages_are_imported_in_one_place(package, home):

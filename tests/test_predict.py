@@ -22,14 +22,14 @@ from distill.checkpoint import write_tensors
 from distill.cli import app
 from distill.data.index import read_list
 from distill.data.load import Task, collate, load_eval_view
-from distill.describe import describe_model, find_weights, load_described, read_names
 from distill.errors import InputError
-from distill.evaluate import evaluate_recipe
-from distill.metrics import merge_views
+from distill.evaluation.evaluate import evaluate_recipe
+from distill.evaluation.metrics import merge_views
+from distill.evaluation.scores import read_evaluation
 from distill.models import build_classifier, build_student
-from distill.predict import find_videos
 from distill.recipe_file import dump_recipe
-from distill.scores import read_evaluation
+from distill.use.describe import describe_model, find_weights, load_described, read_names
+from distill.use.predict import find_videos
 
 NAMES = ("dark", "grey", "a bright one")
 
@@ -286,4 +286,4 @@ def test_importing_the_package_loads_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = done.stdout.split()
     assert "distill" in loaded
-    assert not {"torch", "numpy", "pydantic", "timm", "av", "distill.predict"} & set(loaded)
+    assert not {"torch", "numpy", "pydantic", "timm", "av", "distill.use.predict"} & set(loaded)

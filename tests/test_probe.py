@@ -10,17 +10,17 @@ from torch.testing import assert_close
 
 from distill import recipe as schema
 from distill.checkpoint import write_tensors
-from distill.describe import describe_model
+from distill.checks.recipe import missing_inputs
 from distill.errors import InputError
-from distill.evaluate import evaluate_recipe
+from distill.evaluation.evaluate import evaluate_recipe
 from distill.models import build_classifier, load_recipe_weights
 from distill.objective import ClassifyObjective
-from distill.recipe_check import missing_inputs
 from distill.recipe_file import load_recipe
 from distill.students import create_classifier, create_student
 from distill.students.classifier import MERGES
 from distill.students.vit import ViTSize
 from distill.students.warmstart import WeightsError, file_sha256, load_weights
+from distill.use.describe import describe_model
 
 SIZE = {"width": 32, "depth": 2, "heads": 2, "pooled_width": 16}
 TINY = ViTSize(**SIZE)

@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from distill import recipe_file
+from distill.checks.recipe import missing_inputs
 from distill.errors import InputError
 from distill.recipe import Recipe, Students, Study
-from distill.recipe_check import missing_inputs
 from distill.recipe_file import (
     differences,
     dump_recipe,

@@ -14,9 +14,9 @@ from torch.testing import assert_close
 
 import distill.train
 from distill.checkpoint import latest_checkpoint, load_checkpoint
-from distill.engine import Engine
+from distill.engines.plain import Engine
 from distill.errors import StateError
-from distill.interrupt import Interrupted
+from distill.run.interrupt import Interrupted
 from distill.train import train
 
 EVERY_STEP = {"run__save_minutes": 1e-9, "run__keep_checkpoints": 9, "optim__ema": 0.5}

@@ -17,11 +17,11 @@ from distill.cache.read import CachedBatches
 from distill.checkpoint import latest_checkpoint, load_checkpoint
 from distill.cli import app
 from distill.errors import StateError
-from distill.interrupt import Interrupted
 from distill.job import WATCHED_CLIPS
 from distill.objective import DistillObjective
 from distill.recipe import Students
 from distill.recipe_file import dump_recipe, load_recipe
+from distill.run.interrupt import Interrupted
 from distill.study import run_students
 from distill.train import train, train_together
 

@@ -30,11 +30,11 @@ from torch.testing import assert_close
 import distill.train
 from distill.checkpoint import latest_checkpoint, load_checkpoint
 from distill.data.index import read_list
-from distill.engine import Engine, seed_generators
+from distill.engines.plain import Engine, seed_generators
 from distill.errors import InputError, StateError
-from distill.interrupt import Interrupted
 from distill.objective import ClassifyObjective
 from distill.recipe_file import differences, load_recipe
+from distill.run.interrupt import Interrupted
 from distill.train import train
 
 

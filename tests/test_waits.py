@@ -9,8 +9,8 @@ from tiny_runs import classify, distil, write_clips
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill.engine import Engine
-from distill.overlap import overlapped
+from distill.engines.overlap import overlapped
+from distill.engines.plain import Engine
 from distill.train import Run, train
 
 # Each makes a host wait for a GPU; the first is what item, bool, int and float come to.

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.watchdog import Watchdog
+from distill.run.watchdog import Watchdog
 
 AGAIN = "; the same command goes on from the last checkpoint"
 

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from distill.errors import StateError
-from distill.writer import Writer
+from distill.run.writer import Writer
 
 
 def fail() -> None:

@@ -13,9 +13,9 @@ from torch.testing import assert_close
 
 from distill import recipe as schema
 from distill.checkpoint import latest_checkpoint, load_checkpoint
-from distill.interrupt import Interrupted, StopRequest
-from distill.meter import RATES
 from distill.recipe_file import dump_recipe
+from distill.run.interrupt import Interrupted, StopRequest
+from distill.run.meter import RATES
 
 # What another order of float32 sums leaves after a few steps.
 ROUNDING = {"rtol": 1e-3, "atol": 1e-4}

@@ -21,7 +21,7 @@ from distill.students import create_classifier, create_student
 from distill.toy import SIZES
 
 CLIPS, FRAMES, SECONDS = 8, 20, 0.8
-MODULES = ("data.load", "evaluate", "cache.live", "features")  # that load clips
+MODULES = ("data.load", "evaluation.evaluate", "cache.live", "features")  # that load clips
 
 
 class HereLoader:

@@ -27,7 +27,7 @@ from distill.cache.writer import RecordWriter
 from distill.data.index import Clip, check_videos, read_list
 from distill.data.load import Quarantine, Task
 from distill.dist import WHOLE, Part
-from distill.engine import pick_device
+from distill.engines.plain import pick_device
 from distill.kernel_choice import using_kernels
 from distill.recipe import Recipe
 from distill.teachers import Teacher

@@ -11,7 +11,7 @@ from distill.cache.identity import teacher_hash
 from distill.cache.store import Folder
 from distill.data.index import Clip
 from distill.data.load import ClipLoader, Quarantine, Task, View, collate, load_task
-from distill.engine import AUTOCAST, pick_device, to_device
+from distill.engines.plain import AUTOCAST, pick_device, to_device
 from distill.errors import StateError
 from distill.models import build_teacher
 from distill.recipe import MAIN, Recipe, of_teacher, read_views, views_seed

@@ -22,7 +22,7 @@ from distill.cache.inspect import OpenedCache, coding_noise, sample_rows
 from distill.cache.live import cached_teachers, make_records, view_loader
 from distill.data.index import read_list
 from distill.data.load import Quarantine, Task, View
-from distill.engine import pick_device
+from distill.engines.plain import pick_device
 from distill.errors import InputError
 from distill.kernel_choice import using_kernels
 from distill.recipe import MAIN, Recipe, of_teacher

@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from distill.cache.inspect import OpenedCache, open_any, sample_rows, visible_tokens
 from distill.errors import InputError
-from distill.pictures import PAPER, draw_patches
+from distill.run.pictures import PAPER, draw_patches
 from distill.students.vit import PATCH
 
 SHEET_RECORDS = 6

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distill import log, pictures
+from distill import log
 from distill.cache.inspect import (
     BINS,
     LONGEST,
@@ -19,6 +19,7 @@ from distill.cache.inspect import (
 from distill.cache.sheet import draw_frames
 from distill.report.figures import Figure, figure, shades
 from distill.report.page import render, write_page
+from distill.run import pictures
 
 SHOWN_VIEWS = 6
 SHARD_BINS = 40

@@ -9,10 +9,10 @@ from einops import rearrange
 from distill.data.index import Clip, read_list
 from distill.data.load import load_eval_view
 from distill.errors import InputError
-from distill.metrics import Answers
-from distill.pictures import data_uri, strip
+from distill.evaluation.metrics import Answers
+from distill.evaluation.scores import Evaluation, clip_title
 from distill.recipe import Recipe
-from distill.scores import Evaluation, clip_title
+from distill.run.pictures import data_uri, strip
 
 SHOWN_CLIPS = 8  # of each sort
 FRAMES = 8  # of a filmstrip, at most

@@ -8,13 +8,13 @@ from typing import Any
 
 from distill.data.workers import parse_entries
 from distill.errors import InputError
-from distill.provenance import FILE as PROVENANCE_FILE
+from distill.evaluation.scores import RESULT_FILE, SCORES_FILE, Evaluation, read_evaluation
 from distill.recipe import Recipe
 from distill.recipe_file import load_recipe
-from distill.run_folder import RECIPE, SUMMARY
-from distill.scores import RESULT_FILE, SCORES_FILE, Evaluation, read_evaluation
-from distill.watch import FILE as WATCHED_FILE
-from distill.watch import FOLDER as WATCHED_FOLDER
+from distill.run.folder import RECIPE, SUMMARY
+from distill.run.provenance import FILE as PROVENANCE_FILE
+from distill.run.watch import FILE as WATCHED_FILE
+from distill.run.watch import FOLDER as WATCHED_FOLDER
 
 METRICS_FILE = "metrics.jsonl"
 MARKS = (RECIPE, METRICS_FILE, RESULT_FILE)  # any of them makes a folder that of a run

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import InputError
-from distill.manifest import package_version
-from distill.provenance import changed_settings
+from distill.evaluation.manifest import package_version
 from distill.report.figures import Figure, comparison_figures
 from distill.report.gather import RunFiles, find_runs, read_run
 from distill.report.run_page import RunPart, count_text, duration, make_run, percent
+from distill.run.provenance import changed_settings
 
 PAGE_FILE = "report.html"
 COLUMNS = {  # of the table of several runs

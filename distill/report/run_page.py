@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from distill import log
-from distill.metrics import class_rows, confusion_matrix, merge_views
-from distill.pictures import data_uri
+from distill.evaluation.metrics import class_rows, confusion_matrix, merge_views
 from distill.report import clips, figures
 from distill.report.figures import Figure
 from distill.report.gather import Evaluated, RunFiles
-from distill.watch import FOLDER as WATCHED_FOLDER
-from distill.watch import ROWS
+from distill.run.pictures import data_uri
+from distill.run.watch import FOLDER as WATCHED_FOLDER
+from distill.run.watch import ROWS
 
 METRICS = {
     "top1": "Top-1",

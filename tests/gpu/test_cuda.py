@@ -5,7 +5,7 @@ import torch
 from steps import CLIPS, tiny_batch, tiny_engine
 
 from distill import draw
-from distill.engine import Engine
+from distill.engines.plain import Engine
 from distill.errors import StateError
 from distill.mask import Redraw, draw_kept, draw_tokens
 from distill.recipe import Mask

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distill.overlap import overlapped
+from distill.engines.overlap import overlapped
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from steps import prepare, tiny_batch, tiny_objective, whole_step
 
-from distill.engine import Engine, autocast, to_device
+from distill.engines.plain import Engine, autocast, to_device
 from distill.kernels import jit
 from distill.objective import DistillObjective, draw_keep
 from distill.recipe import Distill, Optim, Teacher

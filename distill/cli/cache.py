@@ -7,8 +7,15 @@ from typing import Annotated
 import rich
 import typer
 
+from distill.cli.shell import (
+    EXIT_INPUT,
+    clean_exit,
+    configure_log,
+    print_plain,
+    recipe_of_cache,
+    say,
+)
 from distill.errors import InputError
-from distill.shell import EXIT_INPUT, clean_exit, configure_log, print_plain, recipe_of_cache, say
 
 cache_app = typer.Typer(help="Look into a view cache and check it.", no_args_is_help=True)
 

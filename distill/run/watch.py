@@ -17,15 +17,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from distill import pictures
 from distill.checkpoint import write_json
-from distill.engine import autocast, to_device
+from distill.engines.plain import autocast, to_device
 from distill.job import WATCHED_CLIPS, Job
 from distill.kernels.coded_targets import CodedTargets, decode_targets_reference
 from distill.log import RunLog
 from distill.mask import token_grid
 from distill.objective import same_rows
 from distill.recipe import MAIN, Recipe, of_teacher
+from distill.run import pictures
 from distill.students.vit import PATCH
 
 SHOWN_CLIPS = 4  # of those watched, in pictures

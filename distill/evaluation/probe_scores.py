@@ -12,13 +12,13 @@ from distill import recipe as schema
 from distill.cache.read import Cache, CachedBatches
 from distill.data.index import Clip
 from distill.dist import WHOLE, Part
-from distill.engine import autocast, to_device
+from distill.engines.plain import autocast, to_device
 from distill.errors import StateError
-from distill.evaluate import Share, labelled_clips
+from distill.evaluation.evaluate import Share, labelled_clips
+from distill.evaluation.metrics import merge_views
+from distill.evaluation.scores import Scores
 from distill.features import of_record
-from distill.metrics import merge_views
 from distill.probe import ProbeSweep
-from distill.scores import Scores
 
 DECODER = "cached features"  # in a manifest, where decoders stand
 

@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 
 from distill import recipe as schema
 from distill.checkpoint import WEIGHTS_FILE, latest_checkpoint
+from distill.cli.shell import one_stage
 from distill.errors import InputError
 from distill.recipe_file import load_recipe
-from distill.shell import one_stage
 from distill.students.classifier import VideoClassifier
 from distill.students.encoder import TimmEncoder, VideoEncoder, create_video_model
 from distill.students.timm_backbone import TimmBackbone, TimmClassifier, load_timm

@@ -28,7 +28,7 @@ import torch
 
 from distill import draw
 from distill.data.index import Clip
-from distill.scores import Evaluation, Scores, clip_title
+from distill.evaluation.scores import Evaluation, Scores, clip_title
 
 TOP = 5
 RESAMPLES = 1000

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from distill.dist import joined_part, read_part, speaker, wait_for_all
 from distill.errors import InputError, StateError
-from distill.interrupt import ENDINGS
+from distill.run.interrupt import ENDINGS
 
 if TYPE_CHECKING:
     from distill.recipe import Recipe, Students, Study
@@ -74,8 +74,8 @@ def missing_of(
     verb: Literal["train", "cache-teacher", "evaluate"],
 ) -> list[str]:
     """What `verb` would read of a stage or student of a recipe and is not there, line by line."""
+    from distill.checks.recipe import missing_inputs
     from distill.recipe import Students
-    from distill.recipe_check import missing_inputs
 
     kind = "student" if isinstance(loaded, Students) else "stage"
     return missing_inputs(recipe, verb, **{kind: part})
@@ -89,7 +89,7 @@ def recipe_of_cache(
     With `reads_videos`, once all that making its records again takes is there.
     """
     from distill.cache.store import open_folder
-    from distill.recipe_check import missing_inputs
+    from distill.checks.recipe import missing_inputs
     from distill.recipe_file import load_recipe
 
     loaded = load_recipe(name, overrides or ())

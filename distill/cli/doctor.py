@@ -8,7 +8,7 @@ import rich
 import typer
 from rich.table import Table
 
-from distill.shell import print_plain
+from distill.cli.shell import print_plain
 
 EXIT_BROKEN = 1
 MARKS = {"fine": "[green]fine[/]", "note": "[yellow]note[/]", "broken": "[red]broken[/]"}

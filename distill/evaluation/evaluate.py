@@ -25,13 +25,11 @@ from distill.checkpoint import write_json, write_text
 from distill.data.index import Clip, read_list
 from distill.data.load import ClipLoader, Task, View, collate, load_eval_task
 from distill.dist import WHOLE, Part
-from distill.engine import autocast, pick_device, to_device
+from distill.engines.plain import autocast, pick_device, to_device
 from distill.errors import InputError, StateError
-from distill.kernel_choice import using_kernels
-from distill.manifest import make_manifest
-from distill.metrics import RESAMPLES, class_rows, confusion_matrix, measure, merge_views
-from distill.models import build_classifier
-from distill.scores import (
+from distill.evaluation.manifest import make_manifest
+from distill.evaluation.metrics import RESAMPLES, class_rows, confusion_matrix, measure, merge_views
+from distill.evaluation.scores import (
     RESULT_FILE,
     SCORES_FILE,
     Evaluation,
@@ -41,6 +39,8 @@ from distill.scores import (
     join,
     write_evaluation,
 )
+from distill.kernel_choice import using_kernels
+from distill.models import build_classifier
 from distill.students.warmstart import load_weights
 
 logger = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ def evaluate(
     score: Callable[..., Share] = score_views,
     on_batch: Callable[[], None] = lambda: None,
 ) -> dict:
-    """Evaluate on one of the recipe's lists; returns what `distill.metrics.measure` does.
+    """Evaluate on one of the recipe's lists; returns what `metrics.measure` does.
 
     With a `folder`, confidence intervals are added and the result is written to its
     evaluation.json, every view's logits to scores.safetensors, and tables of classes to

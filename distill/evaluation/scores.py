@@ -37,7 +37,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was asked, what the model said, and the manifest that says how (distill.manifest).
+    """What was asked, what the model said, and the manifest that says how (manifest.py).
 
     `unreadable` is the reason, by clip id, why views of a clip are missing.
     """

@@ -20,15 +20,15 @@ from torch import Tensor, distributed, nn
 
 from distill import recipe
 from distill.dist import joined_part
-from distill.engine import (
+from distill.engines.plain import (
     LOSS_SCALE_FLOOR,
     LOSS_SCALE_START,
     LOSS_SCALE_WINDOW,
     Engine,
     average_tensors,
 )
+from distill.engines.whole import Blank
 from distill.errors import InputError
-from distill.whole import Blank
 
 HYSTERESIS = 2  # overflows before the loss scale is halved: upstream's
 MOMENTS = ("exp_avg", "exp_avg_sq")

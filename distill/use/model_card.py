@@ -10,13 +10,13 @@ from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
 
 from distill import recipe as schema
-from distill.describe import Description
 from distill.errors import InputError
+from distill.evaluation.scores import RESULT_FILE
 from distill.log import size_text
 from distill.recipe_file import load_recipe
-from distill.run_folder import RECIPE
-from distill.scores import RESULT_FILE
+from distill.run.folder import RECIPE
 from distill.students.warmstart import WeightsError, file_sha256, weights_file
+from distill.use.describe import Description
 
 LONGEST_CHAIN = 10  # runs that started one from another
 METRICS = {

@@ -18,14 +18,14 @@ from distill.checkpoint import write_tensors
 from distill.data.folder import SUFFIXES
 from distill.data.index import Clip, clip_id, read_list
 from distill.data.load import Task, collate, load_eval_view
-from distill.describe import Description, Model, load_described
-from distill.engine import autocast, pick_device, to_device
+from distill.engines.plain import autocast, pick_device, to_device
 from distill.errors import InputError
-from distill.evaluate import Share, score_views
-from distill.metrics import TOP, mean_over_views
-from distill.scores import clip_title
+from distill.evaluation.evaluate import Share, score_views
+from distill.evaluation.metrics import TOP, mean_over_views
+from distill.evaluation.scores import clip_title
 from distill.students.encoder import embed
 from distill.students.warmstart import file_sha256
+from distill.use.describe import Description, Model, load_described
 
 LISTS = (".csv", ".tsv", ".txt")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")

@@ -8,7 +8,7 @@ from torch import nn
 
 from distill import recipe as schema
 from distill.dist import joined_part
-from distill.engine import Engine
+from distill.engines.plain import Engine
 from distill.errors import InputError
 
 
@@ -29,7 +29,7 @@ def make_engine(
     settings = {"optim": optim, "prepare": prepare, "device": device, "groups": groups}
     match section:
         case schema.FullySharded() if joined_part().count > 1:
-            from distill.fsdp import FSDPEngine
+            from distill.engines.fsdp import FSDPEngine
 
             return FSDPEngine(objective, model, section, **settings)
         case schema.DeepSpeed():
@@ -37,7 +37,7 @@ def make_engine(
                 raise InputError(
                     "engine.kind: DeepSpeed is not installed; install it, or set engine.kind=fsdp"
                 )
-            from distill.zero import DeepSpeedEngine, ZeroEngine
+            from distill.engines.zero import DeepSpeedEngine, ZeroEngine
 
             engine = ZeroEngine if section.stage else DeepSpeedEngine
             return engine(objective, model, section, **settings)

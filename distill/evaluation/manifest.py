@@ -14,8 +14,8 @@ import torch
 
 from distill import recipe as schema
 from distill.data.index import Clip, list_bytes
+from distill.evaluation.scores import Scores, hash_columns
 from distill.kernels import jit
-from distill.scores import Scores, hash_columns
 from distill.students.warmstart import file_sha256
 
 PACKAGES = ("distill-video", "torch", "timm", "numpy", "pillow", "av", "decord")

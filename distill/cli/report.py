@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from distill.shell import clean_exit, configure_log, say
+from distill.cli.shell import clean_exit, configure_log, say
 
 
 def report(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from distill.errors import InputError
-from distill.metrics import (
+from distill.evaluation.metrics import (
     RESAMPLES,
     Answers,
     all_metrics,
@@ -15,7 +15,14 @@ from distill.metrics import (
     percentiles,
     resampled_weights,
 )
-from distill.scores import RESULT_FILE, SCORES_FILE, Evaluation, Scores, in_order, read_evaluation
+from distill.evaluation.scores import (
+    RESULT_FILE,
+    SCORES_FILE,
+    Evaluation,
+    Scores,
+    in_order,
+    read_evaluation,
+)
 
 
 @dataclass(frozen=True)

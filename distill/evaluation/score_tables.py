@@ -4,8 +4,8 @@ import json
 
 from rich.table import Table
 
-from distill.compare import Comparison, Differences
-from distill.metrics import CONFIDENCE
+from distill.evaluation.compare import Comparison, Differences
+from distill.evaluation.metrics import CONFIDENCE
 
 _CLIPS = {
     "top1": "top-1",
@@ -18,7 +18,7 @@ _INTERPOLATED = {"video_map_interpolated": "mAP of videos, interpolated as Activ
 
 
 def result_table(result: dict, *, title: str) -> Table:
-    """The metrics of `distill.metrics.measure`, with what is known of their uncertainty.
+    """The metrics of `distill.evaluation.metrics.measure`, with what is known of their uncertainty.
 
     Metrics of videos are shown where a video has several clips. Where clips are missing, a last
     column has the numbers without them.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from distill.engine import share_buffers
+from distill.engines.plain import share_buffers
 
 
 class Blank:

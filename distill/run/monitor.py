@@ -22,9 +22,9 @@ from distill.checkpoint import random_state, restore_random_state
 from distill.data.index import Clip, check_videos, read_list
 from distill.data.load import Task, collate
 from distill.dist import joined_part
-from distill.engine import autocast, to_device
+from distill.engines.plain import autocast, to_device
 from distill.errors import InputError, StateError
-from distill.evaluate import Unreadable, score_views, share_of_all
+from distill.evaluation.evaluate import Unreadable, score_views, share_of_all
 from distill.job import live_targets
 from distill.models import teacher_place
 from distill.objective import DistillObjective

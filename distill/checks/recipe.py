@@ -10,8 +10,10 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ValidationError
 
 from distill.cache.store import open_folder
-from distill.engine_check import engine_errors
-from distill.probe_check import probe_errors
+from distill.checks.engine import engine_errors
+from distill.checks.probe import probe_errors
+from distill.checks.teacher import distill_errors, named_teachers
+from distill.checks.timm import timm_errors
 from distill.recipe import (
     Checkpoint,
     ClipList,
@@ -22,8 +24,6 @@ from distill.recipe import (
     vit_size,
 )
 from distill.students.vit import PATCH, resolve_size
-from distill.teacher_check import distill_errors, named_teachers
-from distill.timm_check import timm_errors
 
 Keys = tuple[str, ...]
 Origins = dict[Keys, str]  # what a message about the value at these keys starts with

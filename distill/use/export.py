@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from distill.checkpoint import WEIGHTS_FILE, write_json, write_tensors, write_text
 from distill.data.demo import render_clip, write_video
 from distill.data.load import load_eval_view
-from distill.describe import Description, Model, load_described
 from distill.errors import InputError, StateError
-from distill.predict import as_clip, pooled_width
 from distill.students.timm_backbone import TimmBackbone
+from distill.use.describe import Description, Model, load_described
+from distill.use.predict import as_clip, pooled_width
 
 Target = Literal["safetensors", "timm", "hub", "onnx", "torch-export"]
 Network = Callable[[Tensor], Tensor]  # normalised clips [B,3,T,S,S] to logits or features
@@ -78,7 +78,7 @@ def export(
     Clips for the comparison are of `video`, or of videos made for it. Raises InputError for what
     cannot be exported or loaded, and StateError where the outputs differ.
     """
-    from distill.model_card import model_card
+    from distill.use.model_card import model_card
 
     check_packages(target)
     model, description, file = load_described(checkpoint, recipe=recipe, names=names)

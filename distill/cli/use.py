@@ -8,13 +8,13 @@ import rich
 import typer
 from rich.table import Table
 
+from distill.cli.shell import EXIT_INPUT, clean_exit, configure_log, print_plain
 from distill.errors import InputError
-from distill.shell import EXIT_INPUT, clean_exit, configure_log, print_plain
 
 if TYPE_CHECKING:
     from distill.data.index import Clip
-    from distill.export import Exported
-    from distill.predict import LoadedModel, Result
+    from distill.use.export import Exported
+    from distill.use.predict import LoadedModel, Result
 
 CheckpointArgument = Annotated[
     str,
@@ -109,8 +109,8 @@ def export(
     """
     with clean_exit():
         configure_log()
-        from distill.export import TARGETS
-        from distill.export import export as write_export
+        from distill.use.export import TARGETS
+        from distill.use.export import export as write_export
 
         wrong = [target for target in to if target not in TARGETS]
         if wrong:
@@ -208,7 +208,7 @@ def features(
         distill features runs/S14 videos --out features.safetensors
     """
     with clean_exit():
-        from distill.predict import write_features
+        from distill.use.predict import write_features
 
         loaded, found = _open(checkpoint, videos, recipe=recipe, prefix=prefix)
         results = loaded.features_of_all(found, clips=clips, crops=crops, workers=workers)
@@ -230,7 +230,7 @@ def _open(
     configure_log()
     if as_json:
         rich.reconfigure(stderr=True)  # all but the result
-    from distill.predict import find_videos, load_model
+    from distill.use.predict import find_videos, load_model
 
     found = find_videos(videos, prefix=prefix)
     return load_model(checkpoint, recipe=recipe, names=names), found

@@ -16,13 +16,13 @@ from distill.checkpoint import (
     write_json,
     write_tensors,
 )
-from distill.describe import describe_model
 from distill.dist import joined_part, wait_for_all
-from distill.evaluate import evaluate, score_views
-from distill.interrupt import StopRequest
+from distill.evaluation.evaluate import evaluate, score_views
 from distill.job import Job, has_evaluation
 from distill.probe import sweep_summary
-from distill.run_folder import SUMMARY
+from distill.run.folder import SUMMARY
+from distill.run.interrupt import StopRequest
+from distill.use.describe import describe_model
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from distill.cache.index import found_identity
 from distill.cache.store import open_folder
 from distill.checkpoint import write_json
 from distill.dist import joined_part
-from distill.manifest import PACKAGES, device_name, package_version
+from distill.evaluation.manifest import PACKAGES, device_name, package_version
 
 FILE = "provenance.json"
 _CPU_INFO = Path("/proc/cpuinfo")

@@ -10,9 +10,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from distill.dist import joined_part
-from distill.engine import Engine, average_tensors
+from distill.engines.plain import Engine, average_tensors
+from distill.engines.whole import Blank
 from distill.recipe import FullySharded
-from distill.whole import Blank
 
 
 class FSDPEngine(Engine):

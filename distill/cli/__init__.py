@@ -10,13 +10,10 @@ import rich
 import typer
 from rich.table import Table
 
-from distill.cli_cache import OverridesArgument, cache_app
-from distill.cli_doctor import doctor
-from distill.cli_report import report
-from distill.cli_use import add_use_commands
-from distill.dist import adopt_slurm
-from distill.errors import InputError
-from distill.shell import (
+from distill.cli.cache import OverridesArgument, cache_app
+from distill.cli.doctor import doctor
+from distill.cli.report import report
+from distill.cli.shell import (
     EXIT_INPUT,
     clean_exit,
     configure_log,
@@ -28,6 +25,9 @@ from distill.shell import (
     resolved_stage,
     say,
 )
+from distill.cli.use import add_use_commands
+from distill.dist import adopt_slurm
+from distill.errors import InputError
 
 if TYPE_CHECKING:
     from distill.recipe import Recipe, Students, Study
@@ -211,8 +211,8 @@ def evaluate(
             if compare is not None:
                 _compare(*compare, as_json=as_json)
                 return
-            from distill.metrics import RESAMPLES, measure
-            from distill.scores import read_evaluation
+            from distill.evaluation.metrics import RESAMPLES, measure
+            from distill.evaluation.scores import read_evaluation
 
             result = measure(read_evaluation(Path(scores)), resamples=RESAMPLES)
             _show_result(result, title=scores, as_json=as_json)
@@ -225,7 +225,7 @@ def evaluate(
             rich.reconfigure(stderr=True)  # all but the result
         loaded = load_inputs("evaluate", recipe, overrides, stage=stage)
         from distill.dist import use_own_gpu
-        from distill.evaluate import evaluate_recipe
+        from distill.evaluation.evaluate import evaluate_recipe
 
         one = one_stage(loaded, stage)
         path = Path(checkpoint or Path(one.run.folder) / "model.safetensors")
@@ -242,7 +242,7 @@ app.command()(report)
 
 
 def _show_result(result: dict, *, title: str, as_json: bool) -> None:
-    from distill.score_tables import result_table
+    from distill.evaluation.score_tables import result_table
 
     if as_json:
         print_plain(json.dumps(result, indent=1))
@@ -251,8 +251,8 @@ def _show_result(result: dict, *, title: str, as_json: bool) -> None:
 
 
 def _compare(first: str, second: str, *, as_json: bool) -> None:
-    from distill.compare import compare
-    from distill.score_tables import comparison_tables, mcnemar_line
+    from distill.evaluation.compare import compare
+    from distill.evaluation.score_tables import comparison_tables, mcnemar_line
 
     found = compare(first, second)
     if as_json:
