@@ -352,11 +352,6 @@ class Run:
                 if self.sweep:
                     at.best["setting"] = result["setting"]
         if self.watch:
-            student = self.engine.trained()
-            if self.is_first:
-                self.watch.write(student, self.log, step=at.step, epoch=at.epoch)
-            self.watchdog.beat()
-        if self.monitor is not None and self.monitor.is_due(at.epoch, self.recipe.optim.epochs):
             self.tell_quality()
         at.epoch, at.step_in_epoch = at.epoch + 1, 0
         if is_best or at.epoch == self.recipe.optim.epochs:
@@ -365,10 +360,16 @@ class Run:
         self.meter.read(self.stream.wait_seconds)
 
     def tell_quality(self) -> None:
-        """Log what the monitor finds of a distillation's student."""
-        found = self.monitor.check(self.engine.trained_objective(), on_batch=self.on_batch)
+        """Log what a look at a distillation's student finds and, where it is due, the monitor."""
+        at = self.at
+        objective = self.engine.trained_objective()  # for both, as it may be a copy
+        if self.is_first:
+            self.watch.write(objective.student, self.log, step=at.step, epoch=at.epoch)
+        self.watchdog.beat()
+        if self.monitor is None or not self.monitor.is_due(at.epoch, self.recipe.optim.epochs):
+            return
+        found = self.monitor.check(objective, on_batch=self.on_batch)
         if self.is_first and found:
-            at = self.at
             at.monitor = {"epoch": at.epoch, "step": at.step, **found}
             values = {f"monitor/{name}": value for name, value in found.items()}
             self.log.write(at.step, {"epoch": at.epoch, **values})

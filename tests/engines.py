@@ -54,6 +54,11 @@ CHAIN = [
     ("{kind: deepspeed, stage: 3, stage3_bucket: 100}", 2),  # an evaluation lies between
     ("{kind: fsdp, reshard: false}", 1),
 ]
+# With which a whole distillation is run, by the name of its folder.
+DISTILLED = {
+    "fsdp": "{kind: fsdp}",
+    "zero3": "{kind: deepspeed, stage: 3, stage3_bucket: 100}",
+}
 
 
 def classifier() -> ClassifyObjective:
@@ -195,7 +200,10 @@ def run_chain(path: Path, folder: Path) -> None:
 
 
 def run_all(place: Path, cases: list[str]) -> None:
-    """The cases and, of several processes, the chain of `r.yaml`; the first one leaves results."""
+    """The cases and, of several processes, whole runs; the first one leaves results.
+
+    They are the distillations of `d.yaml`, and the chain of `r.yaml`.
+    """
     os.environ["DS_ACCELERATOR"] = "cpu"
     from deepspeed.accelerator import get_accelerator
 
@@ -209,4 +217,7 @@ def run_all(place: Path, cases: list[str]) -> None:
                 if part.index == 0:
                     torch.save(results, place / f"{case}.pt")
         if part.count > 1:
+            for name, engine in DISTILLED.items():
+                own = load_recipe(place / "d.yaml", [f"engine={engine}"])
+                train.train(own, place / "distilled" / name)
             run_chain(place / "r.yaml", place / "chain")

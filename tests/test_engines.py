@@ -1,6 +1,7 @@
 """Every engine takes the steps of plain torch and leaves what any other goes on from."""
 
 import copy
+import json
 import os
 import socket
 import subprocess
@@ -13,7 +14,15 @@ import engines
 import pytest
 import steps
 import torch
-from tiny_runs import assert_alike, classify, torchrun, write_clips, write_recipe
+from tiny_runs import (
+    assert_alike,
+    classify,
+    distil,
+    metrics,
+    torchrun,
+    write_clips,
+    write_recipe,
+)
 from torch.testing import assert_close
 
 from distill.engines.plain import LOSS_SCALE_WINDOW, reproducible
@@ -37,10 +46,24 @@ def precision(case: str) -> str:
     return engines.CASES[case][1].get("precision", "fp32")
 
 
+MONITOR = {"every_epochs": 1, "clips": 6, "exact_clips": 3}
+OPTIM = {"optim__ema": 0.5, "optim__eps": 1e-4, "optim__micro_batch": 1}
+
+
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    videos = write_clips(tmp_path_factory.mktemp("videos"))
-    return classify(videos, **{"optim__ema": 0.5, "optim__eps": 1e-4, "optim__micro_batch": 1})
+def videos(tmp_path_factory) -> Path:
+    return write_clips(tmp_path_factory.mktemp("videos"))
+
+
+@pytest.fixture(scope="module")
+def recipe(videos):
+    return classify(videos, **OPTIM)
+
+
+@pytest.fixture(scope="module")
+def distillation(videos):
+    """From a cache, monitored at the end of both epochs."""
+    return distil(videos, "cached", objective__monitor=MONITOR, **OPTIM)
 
 
 def run_job(start: list[str], folder: Path, cases: Iterable[str]) -> Path:
@@ -56,9 +79,10 @@ def run_job(start: list[str], folder: Path, cases: Iterable[str]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def together(recipe, tmp_path_factory) -> Path:
+def together(recipe, distillation, tmp_path_factory) -> Path:
     """The folder of what two processes have found."""
     folder = tmp_path_factory.mktemp("together")
+    write_recipe(distillation, folder / "d.yaml", folder / "distilled")
     write_recipe(recipe, folder / "r.yaml", folder / "chain")
     return run_job(torchrun(2), folder, engines.TOGETHER)
 
@@ -139,6 +163,33 @@ def test_models_to_evaluate_have_the_weights_that_are_saved(case, together):
         assert found[model].keys() == found[saved].keys()
         for name, value in found[saved].items():
             assert_close(found[model][name], value, rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def distilled(together, distillation, tmp_path_factory) -> Path:
+    """The run of one process with plain torch, from the cache that the two have made."""
+    folder = tmp_path_factory.mktemp("distilled")
+    train(distillation, folder)
+    return folder
+
+
+@pytest.mark.parametrize("engine", engines.DISTILLED)
+def test_a_distillation_by_recipe_is_that_of_one_process(engine, together, distilled):
+    """Weights, averages, and what is told of the student at the end of each epoch."""
+    run = together / "distilled" / engine
+    assert_alike(run, distilled)
+    names = ("watched/layer_01_mean", "monitor/knn_top1", "monitor/linear_top1")
+    for name in (*names, "monitor/exact_loss"):
+        told = [(line["epoch"], line["step"]) for line in metrics(run) if name in line]
+        assert told == [(0, 3), (1, 6)]
+    looks, summaries = (
+        [json.loads((folder / name).read_text()) for folder in (run, distilled)]
+        for name in ("watched/watched.json", "summary.json")
+    )
+    assert [clip["name"] for clip in looks[0]["clips"]] == [
+        clip["name"] for clip in looks[1]["clips"]
+    ]
+    assert summaries[0]["monitor"] == pytest.approx(summaries[1]["monitor"], rel=1e-3)
 
 
 def test_a_run_goes_on_with_other_engines(recipe, together, tmp_path):

@@ -80,6 +80,7 @@ def finish(
         evaluations[name] = _evaluate(
             recipe, job, model, folder=folder / name, weights=files[name], device=device, stop=stop
         )
+        del model
     summary = {
         "name": recipe.name,
         "objective": recipe.objective.kind,
