@@ -82,19 +82,12 @@ class FSDPEngine(Engine):
         return _gather(super().optimizer_state())
 
     @torch.no_grad()
-    def load(
-        self,
-        weights: Mapping[str, Tensor],
-        optimizer: Mapping[str, Tensor],
-        scaler: Mapping[str, float],
-        ema: Mapping[str, Tensor] | None = None,
+    def _load_weights(
+        self, weights: Mapping[str, Tensor], ema: Mapping[str, Tensor] | None
     ) -> None:
         _fill(self.model.state_dict(), weights)
         if self.ema is not None:
             _fill(self.ema, ema)
-        self._load_moments(optimizer)
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(dict(scaler))
 
     def _placed(self, value: Tensor, parameter: nn.Parameter) -> Tensor:
         value = super()._placed(value, parameter)

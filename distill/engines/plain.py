@@ -344,12 +344,17 @@ class Engine:
 
         Every process has all of it.
         """
-        self.model.load_state_dict(weights)
-        if self.ema_model is not None:
-            self.ema_model.load_state_dict(ema)
+        self._load_weights(weights, ema)
         self._load_moments(optimizer)
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(dict(scaler))
+
+    def _load_weights(
+        self, weights: Mapping[str, Tensor], ema: Mapping[str, Tensor] | None
+    ) -> None:
+        self.model.load_state_dict(weights)
+        if self.ema_model is not None:
+            self.ema_model.load_state_dict(ema)
 
     def _load_moments(self, optimizer: Mapping[str, Tensor]) -> None:
         self.adamw.state.clear()

@@ -221,7 +221,7 @@ class ZeroEngine(DeepSpeedEngine):
         self,
         optimizer: Mapping[str, Tensor],
         scaler: Mapping[str, float],
-        ema: Mapping[str, Tensor] | None,
+        ema: Mapping[str, Tensor] | None = None,
         *,
         shards: list[Tensor],
     ) -> None:
@@ -335,16 +335,10 @@ class ZeroEngine(DeepSpeedEngine):
         _ = self.deepspeed
         return super().scaler_state()
 
-    def load(
-        self,
-        weights: Mapping[str, Tensor],
-        optimizer: Mapping[str, Tensor],
-        scaler: Mapping[str, float],
-        ema: Mapping[str, Tensor] | None = None,
-    ) -> None:
+    def load(self, weights: Mapping[str, Tensor], *others: Mapping | None) -> None:
         """Take back what the others gave, before the first step."""
         self.model.load_state_dict(weights)
-        self.loaded = (optimizer, scaler, ema)
+        self.loaded = others  # until DeepSpeed is there, see `_start`
 
 
 class LossScale:
