@@ -29,7 +29,7 @@ from benchmarks.cache_faults import make_videos, save
 from benchmarks.cluster_model import assumptions, model_page, work_of
 from benchmarks.run_faults import commit
 from distill import train as loop
-from distill.cache.read import Cache, CachedBatches
+from distill.cache.read import PREFETCH_BATCHES, Cache, CachedBatches
 from distill.dist import joined
 from distill.job import open_cache
 from distill.recipe import Recipe
@@ -40,7 +40,8 @@ from distill.teachers.internvideo2 import InternVideo2
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 RANKS = (1, 2, 4)
 STEPS, BATCH = 4, 4  # the first step is left out; clips a step in all, of weak scaling at the most
-CLIPS = STEPS * BATCH
+LONG_STEPS = 4 * PREFETCH_BATCHES  # of one clip each: as many as are read ahead, four times
+CLIPS = max(STEPS * BATCH, LONG_STEPS)
 # S/14 with half of its blocks, as few as six distilled layers need.
 STUDENT = {**asdict(SIZES["S14"]), "depth": 6}
 # As wide as the 1B teacher, and made of noise: only the size of its records matters here.
@@ -48,14 +49,14 @@ TEACHER = {"width": 1408, "depth": 6, "heads": 16, "mlp_ratio": 0.1, "pooled_wid
 SET_CLIPS, SET_VIEWS = 10_000_000, 8
 
 
-def recipe_of(space: Path, name: str, *, batch: int) -> Recipe:
-    """One epoch of as many steps, whatever the batch."""
+def recipe_of(space: Path, name: str, *, batch: int, steps: int = STEPS) -> Recipe:
+    """One epoch of so many steps."""
     overrides = [
         f"data.train.list={space / 'videos/train.csv'}",
         "data.train.num_clips=null",
         "data.workers=1",
         *(f"model.size.{key}={value}" for key, value in STUDENT.items()),
-        f"data.train.share={batch / BATCH}",
+        f"data.train.share={steps * batch / CLIPS}",
         "objective.teacher.weights=null",
         "objective.teacher.random=true",
         "objective.teacher.precision=fp32",
@@ -100,12 +101,14 @@ def run_rank(recipe: Path, marks: Path) -> None:
         (marks / f"{part.index}.json").write_text(json.dumps(found))
 
 
-def measure(space: Path, kind: str, ranks: int, batch: int, number: int) -> dict:
-    """Medians over the steps of one job."""
+def measure(
+    space: Path, kind: str, ranks: int, batch: int, number: int, *, steps: int = STEPS
+) -> dict:
+    """What every step of a job took, but for the first."""
     name = f"{kind}-{ranks}-{number}"
     path, marks = space / f"{name}.yaml", space / f"{name}-marks"
     marks.mkdir()
-    path.write_text(dump_recipe(recipe_of(space, name, batch=batch)))
+    path.write_text(dump_recipe(recipe_of(space, name, batch=batch, steps=steps)))
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     worker = ["-m", "benchmarks.scaling", "--rank", str(path), "--marks", str(marks)]
     subprocess.run(
@@ -115,18 +118,18 @@ def measure(space: Path, kind: str, ranks: int, batch: int, number: int) -> dict
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     clocks = [json.loads((marks / f"{rank}.json").read_text()) for rank in range(ranks)]
-    steps = [
+    taken = [
         [[b - a for a, b in zip(*pair, strict=True)] for pair in zip(one, one[1:], strict=False)]
         for one in clocks
     ]  # of each rank: wall, CPU and waiting seconds of each step
-    first = steps[0]
+    first = taken[0]
     return {
         "kind": kind,
         "ranks": ranks,
         "batch": batch,
         "step_seconds": [wall for wall, _, _ in first],
         "cpu_seconds_per_clip": [
-            sum(one[index][1] for one in steps) / batch for index in range(len(first))
+            sum(one[index][1] for one in taken) / batch for index in range(len(first))
         ],
         "data_wait": sum(wait for *_, wait in first) / sum(wall for wall, _, _ in first),
     }
@@ -155,7 +158,8 @@ def run_all(space: Path, rounds: int) -> dict:
             for kind, batch in (("strong", BATCH), ("weak", ranks)):
                 jobs.append(measure(space, kind, ranks, batch, number))
                 sys.stderr.write(f"{jobs[-1]}\n")
-    return {"jobs": jobs, "read_alone": read_alone(cache)}
+    long = measure(space, "long", 1, 1, 0, steps=LONG_STEPS)
+    return {"jobs": jobs, "long": long, "read_alone": read_alone(cache)}
 
 
 def medians(jobs: list[dict], kind: str, ranks: int) -> dict[str, float]:
@@ -210,8 +214,12 @@ def report(results: dict) -> str:
             )
     alone = results["read_alone"]
     record_gb = 1e-9 * results["record_bytes"]
+    long = results["long"]
     text += [
         "",
+        f"One rank over {LONG_STEPS} steps of a clip, so that records are read ahead four times: "
+        f"{long['data_wait']:.2%} of",
+        "the time is spent waiting for data.",
         f"Nothing but reading and checking records, one process delivers {alone:,.0f} clips/s "
         f"({alone * record_gb:.2f} GB/s) on the same",
         "machine: from there on, a rank would wait for data.",
