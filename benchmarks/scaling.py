@@ -151,7 +151,8 @@ def run_all(space: Path, rounds: int) -> dict:
     if not (space / "videos").exists():
         make_videos(space / "videos", count=CLIPS)
     InternVideo2.see = see_noise
-    cache = open_cache(recipe_of(space, "cache-only", batch=BATCH))
+    whole = recipe_of(space, "cache-only", batch=BATCH, steps=CLIPS // BATCH)
+    cache = open_cache(whole)
     jobs = []
     for number in range(rounds):
         for ranks in RANKS:
