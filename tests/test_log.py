@@ -153,7 +153,8 @@ def test_a_file_keeps_what_is_said_and_the_error_that_ends_a_run(tmp_path):
     assert rest[-1] == "ZeroDivisionError"
 
 
-def test_a_file_that_cannot_be_written_stops_nothing(tmp_path, capsys):
+def test_a_file_that_cannot_be_written_stops_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("distill"), "handlers", [])
     with log.kept_in(tmp_path / "none" / "log.txt"):
         logging.getLogger("distill.test").warning("heard by nobody")
     assert capsys.readouterr().err == ""
